@@ -1,0 +1,1 @@
+"""Measuring a model: bits per byte, agreement, probes, head analysis, cost, and the lm-eval adapter."""

@@ -1,0 +1,252 @@
+"""Bits per byte of every expert, every prefix product and the final path, in one streaming pass.
+
+Design choices:
+- One function, `score_tokens`, turns a batch into per-token figures (never vocabulary-sized); BPB, accuracy, agreement, calibration error
+  and bootstrap intervals are all sums over its result.
+- Logits exist for a chunk of tokens at a time: K x chunk x V fp32 values, bounded by `CHUNK_VALUES`.
+- Per-stage normalisers cancel in a product of experts, so a prefix product is the softmax of the running mean of logits.
+- Special tokens (no bytes) count neither in nats nor in bytes nor in accuracy.
+- Three figures are kept apart: `mean_stage_bpb` (mean of the stages' own BPB), `product_bpb` (renormalised Log-OP of all experts) and
+  `final_path_bpb` (the trunk's last layer with backout, what a model trained end to end predicts with).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagewise.modeling.pooling import entropy_weights, pool
+
+CHUNK_VALUES = 1 << 26  # logits alive at once: 256 MiB in fp32
+
+
+@dataclass
+class TokenScores:
+    """Per-token figures of one batch; M predictors, named in `names`: stages, prefixes 1..K, then optional ones.
+
+    `nll` (M, N) nats in float64, `top1` (M, N) token ids, `confidence` (M, N) the probability of the top token,
+    for the N = B*T flattened positions; `counted` (N,) marks the positions whose target is a token with bytes.
+    Values at positions that are not counted are zero.
+    """
+
+    names: list[str]
+    nll: Tensor  # (M, N) float64
+    top1: Tensor  # (M, N) int64
+    confidence: Tensor  # (M, N) float32
+    targets: Tensor  # (N,) int64
+    counted: Tensor  # (N,) bool
+    token_bytes: Tensor  # (N,) int64, zero where not counted
+
+
+def expert_count(model: Any) -> int:
+    """Number of base experts that were trained to predict: K, or 0 for a model trained end to end (`poe_mode` none)."""
+    return 0 if model.config.poe_mode == "none" else int(model.config.num_stages)
+
+
+@contextmanager
+def inference(model: Any):
+    """Evaluation mode without gradients; the model's training flag is put back on leaving."""
+    training = getattr(model, "training", False)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def boundary_states(
+    model: Any, ids: Tensor, *, final: bool = True
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Run the trunk once: hidden states at every expert's boundary, and the last state and tap of the final path.
+
+    `ids` (B, T) gives K tensors (B, T, D) (none for a model trained end to end), then hidden (B, T, D) and tap (B, T, D) of the final
+    path (None, None with `final=False`). A specialist's final path starts from its own overlay of the base, so it is a second run.
+    """
+    experts, base_stages = expert_count(model), int(model.config.num_stages)
+    specialist = bool(model.config.is_specialist)
+    states: list[Tensor] = []
+    hidden, tap = None, None
+    if experts or not specialist:
+        inputs = model.stage_inputs(ids, path="base")
+        hidden = inputs.x0
+        for k in range(base_stages):
+            out = model.run_stage(k, hidden, inputs)
+            hidden, tap = out.hidden, tap if out.tap is None else out.tap
+            if experts:
+                states.append(hidden)
+    if not final:
+        return states, None, None
+    if specialist:
+        inputs = model.stage_inputs(ids, path="specialist")
+        hidden, tap = inputs.x0, None
+        for k in range(len(model.config.stage_ranges)):
+            out = model.run_stage(k, hidden, inputs)
+            hidden, tap = out.hidden, tap if out.tap is None else out.tap
+    return states, hidden, tap
+
+
+def chunk_size(model: Any, experts: int) -> int:
+    """Tokens whose logits may be alive at once."""
+    return max(16, CHUNK_VALUES // (max(experts, 1) * int(model.config.vocab_size)))
+
+
+def check_byte_lengths(model: Any, token_byte_lengths: Tensor) -> Tensor:
+    """The lengths on the model's device; `ValueError` when they belong to another vocabulary."""
+    if token_byte_lengths.numel() != model.config.vocab_size:
+        raise ValueError(
+            f"token_byte_lengths has {token_byte_lengths.numel()} entries, vocab_size is {model.config.vocab_size}: "
+            "evaluate a model with its own tokenizer"
+        )
+    return token_byte_lengths.to(model.device)
+
+
+def check_finite(value: Tensor, name: str) -> None:
+    """`ValueError` when a predictor's normaliser is not finite."""
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} has NaN or infinite logits: the weights are damaged or training diverged")
+
+
+def score_tokens(
+    model: Any,
+    inputs: Tensor,
+    targets: Tensor,
+    token_byte_lengths: Tensor,
+    *,
+    final: bool = True,
+    entropy_tau: float | None = None,
+) -> TokenScores:
+    """Score `targets` (B, T) given `inputs` (B, T) with every predictor of the model; -1 marks targets to ignore.
+
+    `entropy_tau` adds the product whose weights follow each expert's entropy, w_k proportional to exp(-H(p_k)/tau), per position.
+    Raises `ValueError` on logits that are not finite. Probabilities of prefix k: softmax(k**alpha * mean_{j<k} logits_j), alpha the
+    model's `poe_alpha` (Jeong 2026, Log-OP).
+    """
+    experts = expert_count(model)
+    alpha = float(getattr(model.config, "poe_alpha", 0.0) or 0.0)
+    inputs, targets = inputs.to(model.device), targets.to(model.device).reshape(-1)  # (N,)
+    states, hidden, tap = boundary_states(model, inputs, final=final)
+    names = [f"stage_{k}" for k in range(experts)] + [f"prefix_{k + 1}" for k in range(experts)]
+    if experts and entropy_tau is not None:
+        names.append("entropy_weighted")
+    if final:
+        names.append("final_path")
+
+    valid = targets >= 0
+    token_bytes = torch.where(valid, token_byte_lengths.to(targets.device)[targets.clamp_min(0)], 0)  # (N,)
+    counted = token_bytes > 0
+    where = counted.nonzero().squeeze(1)  # (n,) only these positions pay for a head
+    nll = torch.zeros(len(names), targets.numel(), dtype=torch.float64, device=targets.device)
+    top1 = torch.zeros(len(names), targets.numel(), dtype=torch.int64, device=targets.device)
+    confidence = torch.zeros(len(names), targets.numel(), dtype=torch.float32, device=targets.device)
+
+    def record(name: str, logits: Tensor, at: Tensor) -> None:
+        row = names.index(name)
+        normaliser = logits.logsumexp(-1)  # (n,)
+        check_finite(normaliser, name)
+        best, index = logits.max(-1)
+        nll[row, at] = (normaliser - logits.gather(-1, targets[at, None]).squeeze(-1)).double()
+        top1[row, at] = index
+        confidence[row, at] = (best - normaliser).exp().float()
+
+    def take(state: Tensor, at: Tensor) -> Tensor:
+        return state.reshape(-1, state.shape[-1])[at][None]  # (1, n, D)
+
+    for at in where.split(chunk_size(model, experts)):
+        total, stack = None, []
+        for k, state in enumerate(states):
+            logits = model.stage_logits(k, take(state, at))[0]  # (n, V)
+            record(f"stage_{k}", logits, at)
+            if entropy_tau is not None:
+                stack.append(logits.log_softmax(-1))
+            total = logits if total is None else total + logits
+            record(f"prefix_{k + 1}", total * (k + 1) ** (alpha - 1.0), at)
+        if stack:
+            logp = torch.stack(stack)  # (K, n, V)
+            record("entropy_weighted", pool(logp, weights=entropy_weights(logp, entropy_tau), alpha=alpha), at)
+        if final:
+            assert hidden is not None
+            logits = model.final_logits(take(hidden, at), None if tap is None else take(tap, at))[0]
+            record("final_path", logits, at)
+    return TokenScores(names, nll, top1, confidence, targets, counted, torch.where(counted, token_bytes, 0))
+
+
+def bits_per_byte(nats: float, n_bytes: float) -> float:
+    """Nats over bytes in bits: nats / (ln 2 * bytes)."""
+    return nats / (math.log(2) * n_bytes)
+
+
+def name_figures(nats: dict[str, float], correct: dict[str, float], tokens: float, n_bytes: float) -> dict[str, Any]:
+    """The named figures from summed nats and hits per predictor. BP models have only the final path's."""
+    bpb = {name: bits_per_byte(value, n_bytes) for name, value in nats.items()}
+    accuracy = {name: value / tokens for name, value in correct.items()}
+    experts = sum(name.startswith("stage_") for name in bpb)
+    result: dict[str, Any] = {"default_output": "product" if experts else "final_path"}
+    if experts:
+        result["stage_bpb"] = [bpb[f"stage_{k}"] for k in range(experts)]
+        result["prefix_bpb"] = [bpb[f"prefix_{k + 1}"] for k in range(experts)]
+        result["mean_stage_bpb"] = sum(result["stage_bpb"]) / experts
+        result["product_bpb"] = bpb[f"prefix_{experts}"]
+        result["crossover_gap"] = result["product_bpb"] - result["stage_bpb"][-1]
+        result["stage_accuracy"] = [accuracy[f"stage_{k}"] for k in range(experts)]
+        result["prefix_accuracy"] = [accuracy[f"prefix_{k + 1}"] for k in range(experts)]
+        result["product_accuracy"] = accuracy[f"prefix_{experts}"]
+    for name in ("entropy_weighted", "final_path"):
+        if name in bpb:
+            result[f"{name}_bpb"], result[f"{name}_accuracy"] = bpb[name], accuracy[name]
+    return result
+
+
+def evaluate_bpb(
+    model: Any,
+    rows: Iterable[tuple[Tensor, Tensor]],
+    token_byte_lengths: Tensor,
+    *,
+    max_tokens: int | None = None,
+    final: bool = True,
+    entropy_tau: float | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
+    """Bits per byte and accuracy of a model over rows of tokens.
+
+    `rows` yields (inputs (B, T), targets (B, T)) with -1 for targets to ignore; `token_byte_lengths` (V,) holds raw bytes per token, 0 for
+    specials. Stops after the batch that reaches `max_tokens` counted targets. `reduce` sums a float64 vector over ranks (distributed
+    evaluation). Returns `mean_stage_bpb`, `product_bpb`, `final_path_bpb`, `crossover_gap`, lists `stage_bpb`, `prefix_bpb`,
+    `stage_accuracy`, `prefix_accuracy`, numbers `product_accuracy`, `final_path_accuracy`, counts `tokens` and `bytes`, and
+    `default_output` ("product" or "final_path"); a model trained end to end has only the final path's. Raises `ValueError` when no target
+    has bytes, or on logits that are not finite.
+    """
+    lengths = check_byte_lengths(model, token_byte_lengths)
+    names: list[str] = []
+    sums = torch.zeros(2, dtype=torch.float64)  # tokens, bytes, then nats and hits per predictor
+    with inference(model):
+        for inputs, targets in rows:
+            scores = score_tokens(model, inputs, targets, lengths, final=final, entropy_tau=entropy_tau)
+            names = scores.names
+            hits = (scores.top1 == scores.targets) & scores.counted
+            batch = torch.cat(
+                [
+                    torch.stack([scores.counted.sum(), scores.token_bytes.sum()]).double(),
+                    scores.nll.sum(1),
+                    hits.sum(1).double(),
+                ]
+            ).cpu()
+            sums = batch + (sums if sums.numel() == batch.numel() else 0)
+            if max_tokens is not None and sums[0] >= max_tokens:
+                break
+    if reduce is not None:
+        sums = reduce(sums)
+    tokens, n_bytes, *rest = sums.tolist()
+    if not n_bytes:
+        raise ValueError(
+            "the evaluation rows hold no token with bytes (no rows, or only special tokens): give more text"
+        )
+    nats, correct = rest[: len(names)], rest[len(names) :]
+    result = name_figures(dict(zip(names, nats, strict=True)), dict(zip(names, correct, strict=True)), tokens, n_bytes)
+    return {**result, "tokens": int(tokens), "bytes": int(n_bytes)}

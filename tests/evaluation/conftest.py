@@ -1,0 +1,78 @@
+"""A hand-made model of two stages whose predictions are bigram tables: every figure about it can be worked out on paper."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+class BigramStages:
+    """K experts over V tokens: expert k predicts `tables[k][previous]` (logits), the final path `final[previous]`.
+
+    The hidden state of width V + 1 carries the one-hot id and the number of stages run, so that a wrong stage order would show.
+    """
+
+    def __init__(
+        self, tables: torch.Tensor, final: torch.Tensor, poe_mode: str = "flat", poe_alpha: float = 0.0
+    ) -> None:
+        self.tables, self.final = tables, final  # (K, V, V), (V, V)
+        stages, vocab = tables.shape[:2]
+        self.config = SimpleNamespace(
+            num_stages=stages,
+            vocab_size=vocab,
+            poe_mode=poe_mode,
+            poe_alpha=poe_alpha,
+            is_specialist=False,
+            stage_ranges=[(k, k + 1) for k in range(stages)],
+            max_position_embeddings=32,
+        )
+        self.device, self.dtype, self.training = torch.device("cpu"), torch.float32, False
+
+    def train(self, mode: bool = True) -> BigramStages:
+        self.training = mode
+        return self
+
+    def eval(self) -> BigramStages:
+        return self.train(False)
+
+    def stage_inputs(self, ids: torch.Tensor, *, path: str = "base") -> SimpleNamespace:
+        vocab = self.config.vocab_size
+        one_hot = torch.nn.functional.one_hot(ids, vocab).to(self.tables.dtype)
+        return SimpleNamespace(x0=torch.cat([one_hot, torch.zeros_like(one_hot[..., :1])], -1), ids=ids)
+
+    def run_stage(self, k: int, hidden: torch.Tensor, inputs: SimpleNamespace, cache: object = None) -> SimpleNamespace:
+        assert (hidden[..., -1] == k).all()
+        hidden = hidden.clone()
+        hidden[..., -1] += 1
+        return SimpleNamespace(hidden=hidden, tap=hidden * 0 if k == 0 else None)
+
+    def stage_logits(self, k: int, hidden: torch.Tensor) -> torch.Tensor:
+        assert (hidden[..., -1] == k + 1).all()
+        return hidden[..., :-1] @ self.tables[k]
+
+    def final_logits(self, hidden: torch.Tensor, tap: torch.Tensor | None, head_mode: str = "dual") -> torch.Tensor:
+        assert tap is not None and (tap == 0).all()
+        return hidden[..., :-1] @ self.final
+
+    def forward_aggregated(self, ids: torch.Tensor, max_stages: int | None = None) -> torch.Tensor:
+        return self.tables[:max_stages].log_softmax(-1).mean(0)[ids].log_softmax(-1)
+
+
+@pytest.fixture
+def bigram_stages() -> type[BigramStages]:
+    return BigramStages
+
+
+@pytest.fixture
+def two_stages() -> BigramStages:
+    """Two experts, four tokens (0 is special): stage 0 gives the next token 1/2, stage 1 gives it 1/8, the final path 1/4."""
+
+    def table(p_next: float) -> torch.Tensor:
+        rows = torch.full((4, 4), (1 - p_next) / 3)
+        for token in range(4):
+            rows[token, (token + 1) % 4] = p_next
+        return rows.log()
+
+    return BigramStages(torch.stack([table(1 / 2), table(1 / 8)]), table(1 / 4))
