@@ -1,10 +1,13 @@
 """The text of tool calling: how functions are shown to a model and how a call is written.
 
 Design choices:
-- One exact format, the one the tool specialists are trained on (stage-tool card): every function as JSON indented by four spaces, the request after
-  a blank line, a call as ``<functioncall> {"name": ..., "arguments": '{...}'}``. Small models are template matchers: another layout is another task.
-- Arguments are a JSON text between single quotes. An apostrophe inside it is written ``\\'``; nothing else is escaped a second time.
-- Foreign schemas (``dict``, ``float``, ``str, optional``, OpenAI wrappers, bare parameter tables) become plain JSON Schema once, here.
+- One exact format, the one the tool specialists are trained on (stage-tool card): every function as JSON indented by
+  four spaces, the request after a blank line, a call as ``<functioncall> {"name": ..., "arguments": '{...}'}``. Small
+  models are template matchers: another layout is another task.
+- Arguments are a JSON text between single quotes. An apostrophe inside it is written ``\\'``; nothing else is
+  escaped a second time.
+- Foreign schemas (``dict``, ``float``, ``str, optional``, OpenAI wrappers, bare parameter tables) become plain JSON
+  Schema once, here.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ STANDARD_TYPES = {"object", "array", "string", "number", "integer", "boolean", "
 
 
 def standard_schema(schema: Any) -> Any:
-    """A JSON Schema equal to `schema` with Python's and other languages' type names replaced by the standard ones (``any`` drops out)."""
+    """A JSON Schema equal to `schema` with Python's and other languages' type names replaced by the standard ones
+    (``any`` drops out).
+    """
     if isinstance(schema, Mapping):
         out: dict[str, Any] = {}
         for key, value in schema.items():
@@ -90,8 +95,9 @@ def _standard_type(name: str) -> dict[str, Any]:
 def standard_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     """The function `tool` describes as ``{"name", "description", "parameters"}`` with a standard object schema.
 
-    Reads OpenAI's ``{"type": "function", "function": {...}}`` wrapper and bare tables of parameters (xlam). A property whose
-    type ends in ``, optional`` or that has a default is not required. Raises ValueError when there is no usable name.
+    Reads OpenAI's ``{"type": "function", "function": {...}}`` wrapper and bare tables of parameters (xlam). A property
+    whose type ends in ``, optional`` or that has a default is not required. Raises ValueError when there is no usable
+    name.
     """
     if isinstance(tool.get("function"), Mapping):
         tool = tool["function"]
@@ -126,7 +132,7 @@ def standard_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render_tools(tools: Sequence[Mapping[str, Any]]) -> str:
-    """The system text that shows `tools` (each as it is) in the trained format; several are separated by a line break."""
+    """The system text that shows `tools`, each as it is, in the trained format, one after the other."""
     return PREAMBLE + "\n".join(json.dumps(tool, indent=4, ensure_ascii=False) for tool in tools)
 
 

@@ -1,11 +1,13 @@
 """Function calls in generated text: find the first complete one, stop there, check it against its schema.
 
 Design choices:
-- The parser is a character automaton fed by a stream: it knows at every character whether the call is complete. Brace loops and whatever else
-  follows the first complete object are never read.
-- It translates while it scans: a single-quoted JSON text becomes the JSON value itself, so one `json.loads` at the end decides what is valid.
+- The parser is a character automaton fed by a stream: it knows at every character whether the call is complete.
+  Brace loops and whatever else follows the first complete object are never read.
+- It translates while it scans: a single-quoted JSON text becomes the JSON value itself, so one `json.loads` at the
+  end decides what is valid.
 - Text that starts like a call and is none is recorded, and searched again as plain text from behind its marker.
-- Nothing here runs a function, fetches a schema or trusts a field: a call is data, with a report of what is wrong with it.
+- Nothing here runs a function, fetches a schema or trusts a field: a call is data, with a report of what is wrong
+  with it.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class CallReport:
-    """What a check found. `invented` and `missing` are dotted paths; `errors` are sentences. `valid` means: safe to dispatch as far as the schema can tell."""
+    """What a check found. `invented` and `missing` are dotted paths; `errors` are sentences. `valid` means: safe to
+    dispatch as far as the schema can tell.
+    """
 
     known: bool
     invented: list[str] = field(default_factory=list)
@@ -79,8 +83,8 @@ class _Malformed(Exception):
 class _CallScanner:
     """Reads the object after the marker, one character at a time, and writes plain JSON.
 
-    `stack` holds the open brackets; a quote ``'`` on it is a single-quoted JSON text. Inside such a text an apostrophe is a plain
-    character, but ends the text once the JSON value in it is complete.
+    `stack` holds the open brackets; a quote ``'`` on it is a single-quoted JSON text. Inside such a text an apostrophe
+    is a plain character, but ends the text once the JSON value in it is complete.
     """
 
     def __init__(self) -> None:
@@ -190,7 +194,9 @@ class ToolCallParser:
         return self.call
 
     def close(self) -> ToolCall | None:
-        """The stream has ended: held-back text is text, an unfinished call is rejected. Returns the call, if there was one."""
+        """The stream has ended: held-back text is text, an unfinished call is rejected. Returns the call, if there was
+        one.
+        """
         while self._source is not None:
             self.feed(self._reject("the text ended inside the call"))
         self.text += self._held
@@ -227,7 +233,9 @@ class ToolCallParser:
             self._held, self._source = "", []
 
     def _reject(self, reason: str) -> str:
-        """Drop the call being read: its marker is text, what followed is to be read again. Each pass consumes a marker, so this ends."""
+        """Drop the call being read: its marker is text, what followed is to be read again. Each pass consumes a
+        marker, so this ends.
+        """
         self.rejected.append(reason)
         again = "".join(self._source or [])
         self._source = self._scanner = None
@@ -294,8 +302,8 @@ def parse_stream(pieces: Iterable[str]) -> Iterator[str | ToolCall]:
 def check_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> CallReport:
     """Check a call against the tools it was offered.
 
-    An object with declared properties admits no others unless its schema says ``additionalProperties``. Needs jsonschema.
-    Raises ValueError when a tool's own schema is unusable.
+    An object with declared properties admits no others unless its schema says ``additionalProperties``. Needs
+    jsonschema. Raises ValueError when a tool's own schema is unusable.
     """
     known = {tool["name"]: tool for tool in map(standard_tool, tools)}
     if call.name not in known:
