@@ -1,4 +1,6 @@
-"""A hand-made model of two stages whose predictions are bigram tables: every figure about it can be worked out on paper."""
+"""A hand-made model of two stages whose predictions are bigram tables: every figure about it can be worked out on
+paper.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import torch
 class BigramStages:
     """K experts over V tokens: expert k predicts `tables[k][previous]` (logits), the final path `final[previous]`.
 
-    The hidden state of width V + 1 carries the one-hot id and the number of stages run, so that a wrong stage order would show.
+    The hidden state of width V + 1 carries the one-hot id and the number of stages run, so that a wrong stage order
+    would show.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ def bigram_stages() -> type[BigramStages]:
 
 @pytest.fixture
 def two_stages() -> BigramStages:
-    """Two experts, four tokens (0 is special): stage 0 gives the next token 1/2, stage 1 gives it 1/8, the final path 1/4."""
+    """Two experts, four tokens (0 is special): stage 0 gives the next token 1/2, stage 1 gives it 1/8, the final path
+    1/4.
+    """
 
     def table(p_next: float) -> torch.Tensor:
         rows = torch.full((4, 4), (1 - p_next) / 3)

@@ -1,13 +1,15 @@
 """Bits per byte of every expert, every prefix product and the final path, in one streaming pass.
 
 Design choices:
-- One function, `score_tokens`, turns a batch into per-token figures (never vocabulary-sized); BPB, accuracy, agreement, calibration error
-  and bootstrap intervals are all sums over its result.
+- One function, `score_tokens`, turns a batch into per-token figures (never vocabulary-sized); BPB, accuracy,
+  agreement, calibration error and bootstrap intervals are all sums over its result.
 - Logits exist for a chunk of tokens at a time: K x chunk x V fp32 values, bounded by `CHUNK_VALUES`.
-- Per-stage normalisers cancel in a product of experts, so a prefix product is the softmax of the running mean of logits.
+- Per-stage normalisers cancel in a product of experts, so a prefix product is the softmax of the running mean of
+  logits.
 - Special tokens (no bytes) count neither in nats nor in bytes nor in accuracy.
-- Three figures are kept apart: `mean_stage_bpb` (mean of the stages' own BPB), `product_bpb` (renormalised Log-OP of all experts) and
-  `final_path_bpb` (the trunk's last layer with backout, what a model trained end to end predicts with).
+- Three figures are kept apart: `mean_stage_bpb` (mean of the stages' own BPB), `product_bpb` (renormalised Log-OP of
+  all experts) and `final_path_bpb` (the trunk's last layer with backout, what a model trained end to end predicts
+  with).
 """
 
 from __future__ import annotations
@@ -66,8 +68,9 @@ def boundary_states(
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """Run the trunk once: hidden states at every expert's boundary, and the last state and tap of the final path.
 
-    `ids` (B, T) gives K tensors (B, T, D) (none for a model trained end to end), then hidden (B, T, D) and tap (B, T, D) of the final
-    path (None, None with `final=False`). A specialist's final path starts from its own overlay of the base, so it is a second run.
+    `ids` (B, T) gives K tensors (B, T, D) (none for a model trained end to end), then hidden (B, T, D) and tap (B, T,
+    D) of the final path (None, None with `final=False`). A specialist's final path starts from its own overlay of the
+    base, so it is a second run.
     """
     experts, base_stages = expert_count(model), int(model.config.num_stages)
     specialist = bool(model.config.is_specialist)
@@ -124,9 +127,9 @@ def score_tokens(
 ) -> TokenScores:
     """Score `targets` (B, T) given `inputs` (B, T) with every predictor of the model; -1 marks targets to ignore.
 
-    `entropy_tau` adds the product whose weights follow each expert's entropy, w_k proportional to exp(-H(p_k)/tau), per position.
-    Raises `ValueError` on logits that are not finite. Probabilities of prefix k: softmax(k**alpha * mean_{j<k} logits_j), alpha the
-    model's `poe_alpha` (Jeong 2026, Log-OP).
+    `entropy_tau` adds the product whose weights follow each expert's entropy, w_k proportional to exp(-H(p_k)/tau),
+    per position. Raises `ValueError` on logits that are not finite. Probabilities of prefix k: softmax(k**alpha *
+    mean_{j<k} logits_j), alpha the model's `poe_alpha` (Jeong 2026, Log-OP).
     """
     experts = expert_count(model)
     alpha = float(getattr(model.config, "poe_alpha", 0.0) or 0.0)
@@ -215,12 +218,13 @@ def evaluate_bpb(
 ) -> dict[str, Any]:
     """Bits per byte and accuracy of a model over rows of tokens.
 
-    `rows` yields (inputs (B, T), targets (B, T)) with -1 for targets to ignore; `token_byte_lengths` (V,) holds raw bytes per token, 0 for
-    specials. Stops after the batch that reaches `max_tokens` counted targets. `reduce` sums a float64 vector over ranks (distributed
-    evaluation). Returns `mean_stage_bpb`, `product_bpb`, `final_path_bpb`, `crossover_gap`, lists `stage_bpb`, `prefix_bpb`,
-    `stage_accuracy`, `prefix_accuracy`, numbers `product_accuracy`, `final_path_accuracy`, counts `tokens` and `bytes`, and
-    `default_output` ("product" or "final_path"); a model trained end to end has only the final path's. Raises `ValueError` when no target
-    has bytes, or on logits that are not finite.
+    `rows` yields (inputs (B, T), targets (B, T)) with -1 for targets to ignore; `token_byte_lengths` (V,) holds raw
+    bytes per token, 0 for specials. Stops after the batch that reaches `max_tokens` counted targets. `reduce` sums a
+    float64 vector over ranks (distributed evaluation). Returns `mean_stage_bpb`, `product_bpb`, `final_path_bpb`,
+    `crossover_gap`, lists `stage_bpb`, `prefix_bpb`, `stage_accuracy`, `prefix_accuracy`, numbers `product_accuracy`,
+    `final_path_accuracy`, counts `tokens` and `bytes`, and `default_output` ("product" or "final_path"); a model
+    trained end to end has only the final path's. Raises `ValueError` when no target has bytes, or on logits that are
+    not finite.
     """
     lengths = check_byte_lengths(model, token_byte_lengths)
     names: list[str] = []
