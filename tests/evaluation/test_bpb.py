@@ -125,3 +125,16 @@ def test_nan_logits_are_named(two_stages):
 def test_a_foreign_vocabulary_is_refused(two_stages):
     with pytest.raises(ValueError, match="vocab_size is 4"):
         evaluate_bpb(two_stages, [(ROW, NEXT)], torch.ones(5, dtype=torch.long))
+
+
+def test_margins_and_spreads_are_those_of_the_mean_of_log_probabilities(bigram_stages):
+    model = random_stages(bigram_stages)
+    ids = torch.randint(0, 7, (2, 9), generator=torch.Generator().manual_seed(3))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    scores = score_tokens(model, inputs, targets, torch.ones(7, dtype=torch.long), exits=True)
+    logp = model.tables[:, inputs.reshape(-1)].log_softmax(-1)
+    means = torch.stack([logp[: k + 1].mean(0) for k in range(3)])
+    ordered = means.sort(-1, descending=True).values
+    assert torch.allclose(scores.margin, (ordered[..., 0] - ordered[..., 1]).float(), atol=1e-6)
+    change = means[1:] - means[:-1]
+    assert torch.allclose(scores.spread, (change.amax(-1) - change.amin(-1)).float(), atol=1e-6)

@@ -34,7 +34,9 @@ class TokenScores:
 
     `nll` (M, N) nats in float64, `top1` (M, N) token ids, `confidence` (M, N) the probability of the top token,
     for the N = B*T flattened positions; `counted` (N,) marks the positions whose target is a token with bytes.
-    Values at positions that are not counted are zero.
+    Values at positions that are not counted are zero. With `exits` also, of the running means C_k of the experts'
+    log-probabilities: `margin` (K, N), the top one minus the second, and `spread` (K-1, N), max - min over the
+    vocabulary of C_{k+1} - C_k: the most by which the next expert can change a margin (Jeong 2026, WAND).
     """
 
     names: list[str]
@@ -44,11 +46,24 @@ class TokenScores:
     targets: Tensor  # (N,) int64
     counted: Tensor  # (N,) bool
     token_bytes: Tensor  # (N,) int64, zero where not counted
+    margin: Tensor | None = None  # (K, N) float32
+    spread: Tensor | None = None  # (K-1, N) float32
+
+    def row(self, name: str) -> int:
+        """Index of a predictor; `ValueError` naming those there are."""
+        if name not in self.names:
+            raise ValueError(f"no predictor {name}; this model has {', '.join(self.names)}")
+        return self.names.index(name)
 
 
 def expert_count(model: Any) -> int:
-    """Number of base experts that were trained to predict: K, or 0 for a model trained end to end (`poe_mode` none)."""
+    """Number of base experts that were trained to predict: K, or 0 for a model trained end to end."""
     return 0 if model.config.poe_mode == "none" else int(model.config.num_stages)
+
+
+def default_output(model: Any) -> str:
+    """What a plain forward of the model predicts with: "product" for a staged base, else "final_path"."""
+    return "product" if expert_count(model) and not model.config.is_specialist else "final_path"
 
 
 @contextmanager
@@ -124,6 +139,7 @@ def score_tokens(
     *,
     final: bool = True,
     entropy_tau: float | None = None,
+    exits: bool = False,
 ) -> TokenScores:
     """Score `targets` (B, T) given `inputs` (B, T) with every predictor of the model; -1 marks targets to ignore.
 
@@ -149,6 +165,11 @@ def score_tokens(
     top1 = torch.zeros(len(names), targets.numel(), dtype=torch.int64, device=targets.device)
     confidence = torch.zeros(len(names), targets.numel(), dtype=torch.float32, device=targets.device)
 
+    margin = spread = None
+    if exits:
+        margin = torch.zeros(experts, targets.numel(), dtype=torch.float32, device=targets.device)
+        spread = torch.zeros(max(experts - 1, 0), targets.numel(), dtype=torch.float32, device=targets.device)
+
     def record(name: str, logits: Tensor, at: Tensor) -> None:
         row = names.index(name)
         normaliser = logits.logsumexp(-1)  # (n,)
@@ -162,7 +183,7 @@ def score_tokens(
         return state.reshape(-1, state.shape[-1])[at][None]  # (1, n, D)
 
     for at in where.split(chunk_size(model, experts)):
-        total, stack = None, []
+        total, stack, earlier = None, [], None
         for k, state in enumerate(states):
             logits = model.stage_logits(k, take(state, at))[0]  # (n, V)
             record(f"stage_{k}", logits, at)
@@ -170,6 +191,14 @@ def score_tokens(
                 stack.append(logits.log_softmax(-1))
             total = logits if total is None else total + logits
             record(f"prefix_{k + 1}", total * (k + 1) ** (alpha - 1.0), at)
+            if margin is not None and spread is not None:
+                mean = total / (k + 1)  # C_k up to a constant over the vocabulary, which neither figure sees
+                best = mean.topk(2, dim=-1).values
+                margin[k, at] = (best[:, 0] - best[:, 1]).float()
+                if earlier is not None:
+                    change = mean - earlier
+                    spread[k - 1, at] = (change.amax(-1) - change.amin(-1)).float()
+                earlier = mean
         if stack:
             logp = torch.stack(stack)  # (K, n, V)
             record("entropy_weighted", pool(logp, weights=entropy_weights(logp, entropy_tau), alpha=alpha), at)
@@ -177,7 +206,9 @@ def score_tokens(
             assert hidden is not None
             logits = model.final_logits(take(hidden, at), None if tap is None else take(tap, at))[0]
             record("final_path", logits, at)
-    return TokenScores(names, nll, top1, confidence, targets, counted, torch.where(counted, token_bytes, 0))
+    return TokenScores(
+        names, nll, top1, confidence, targets, counted, torch.where(counted, token_bytes, 0), margin, spread
+    )
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
@@ -190,7 +221,7 @@ def name_figures(nats: dict[str, float], correct: dict[str, float], tokens: floa
     bpb = {name: bits_per_byte(value, n_bytes) for name, value in nats.items()}
     accuracy = {name: value / tokens for name, value in correct.items()}
     experts = sum(name.startswith("stage_") for name in bpb)
-    result: dict[str, Any] = {"default_output": "product" if experts else "final_path"}
+    result: dict[str, Any] = {}
     if experts:
         result["stage_bpb"] = [bpb[f"stage_{k}"] for k in range(experts)]
         result["prefix_bpb"] = [bpb[f"prefix_{k + 1}"] for k in range(experts)]
@@ -253,4 +284,4 @@ def evaluate_bpb(
         )
     nats, correct = rest[: len(names)], rest[len(names) :]
     result = name_figures(dict(zip(names, nats, strict=True)), dict(zip(names, correct, strict=True)), tokens, n_bytes)
-    return {**result, "tokens": int(tokens), "bytes": int(n_bytes)}
+    return {"default_output": default_output(model), **result, "tokens": int(tokens), "bytes": int(n_bytes)}
