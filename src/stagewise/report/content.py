@@ -1,7 +1,8 @@
 """What a report shows, gathered from the files of a run or model folder.
 
-- Nothing is computed here that was not measured: a part whose files are missing stays empty and its section is left out.
-- Files read: `recipe.yaml` and `metrics.jsonl` of a run; `config.json` and `eval/*.json` of a model (a run's model is its `model/`).
+- Nothing is shown that was not measured: a part whose files are missing stays empty and its section is left out.
+- Files read: `recipe.yaml` and `metrics.jsonl` of a run; `config.json` and `eval/*.json` of a model (a run's model is
+  its `model/`).
 - Evaluation files are recognised by the keys they hold, not by their names, so that older files keep working.
 """
 
@@ -77,7 +78,10 @@ class Content:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut short by a killed run is left out, any other damage is a `ValueError`."""
+    """The rows of a metrics file; a last line cut short by a killed run is left out.
+
+    Any other damage is a `ValueError`.
+    """
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -93,19 +97,3 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def finite(value: Any) -> bool:
     """Whether `value` is a number that can be drawn."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def model_folder(folder: Path) -> Path | None:
-    """The model a folder stands for: the folder itself, a run's `model/`, or its newest checkpoint."""
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "model" / "config.json").is_file():
-        return folder / "model"
-    checkpoints = sorted((folder / "checkpoints").glob("step-*/config.json"), key=lambda p: step_of(p.parent.name))
-    return checkpoints[-1].parent if checkpoints else None
-
-
-def step_of(name: str) -> int:
-    """The step in a checkpoint's name, `step-000100` or `step-100` -> 100; -1 for other names."""
-    digits = name.rpartition("step-")[2]
-    return int(digits) if digits.isdigit() else -1

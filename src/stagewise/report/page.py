@@ -39,7 +39,8 @@ def render(content: Content) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{title} - stagewise report</title>\n<style>\n{colours}{_asset('page.css')}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title} - stagewise report</title>\n<style>\n{colours}{_asset('page.css')}</style>\n"
+        "</head>\n<body>\n<main>\n"
         + "\n".join(part for part in parts if part)
         + "\n<footer>Written by stagewise. Figures come from the files of this run; nothing on this page is estimated "
         "unless it says so.</footer>\n</main>\n"
@@ -126,7 +127,8 @@ def _header(c: Content) -> str:
         if label in c.setting:
             tiles.append((c.setting[label], label, ""))
     cells = "".join(
-        f'<div class="tile"><div class="figure">{value}</div><div class="name">{name}</div><div class="note">{note}</div></div>'
+        f'<div class="tile"><div class="figure">{value}</div><div class="name">{name}</div>'
+        f'<div class="note">{note}</div></div>'
         for value, name, note in tiles
     )
     tile_block = f'<div class="tiles">{cells}</div>' if cells else ""
@@ -144,8 +146,8 @@ def _samples(c: Content) -> str:
     return section(
         "What the experts say",
         "".join(sample_block(s) for s in c.samples),
-        "Each token carries the colour of the expert that decided it. Point at a token (or tab to it) to see what every "
-        "expert and their product would have said there.",
+        "Each token carries the colour of the expert that decided it. Point at a token (or tab to it) to see what "
+        "every expert and their product would have said there.",
     )
 
 

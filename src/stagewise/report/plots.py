@@ -70,7 +70,7 @@ def short_number(value: float) -> str:
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = 200) -> list[tuple[float, float]]:
-    """At most `limit` points: runs of neighbours are replaced by their mean, so spikes shrink but nothing is invented."""
+    """At most `limit` points: runs of neighbours are replaced by their mean, so spikes shrink."""
     size = math.ceil(len(points) / limit) if points else 1
     if size <= 1:
         return list(points)
@@ -167,12 +167,13 @@ def bar_chart(
         out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py(mark):.1f}" y2="{py(mark):.1f}"/>')
         out.append(f'<text x="{left - 8}" y="{py(mark) + 4:.1f}" text-anchor="end">{tick_format(mark)}</text>')
     for i, (label, value, colour) in enumerate(bars):
-        centre = left + slot * (i + 0.5)
+        centre, name = left + slot * (i + 0.5), escape(label, quote=False)
         out.append(
             f'<rect x="{centre - bar_width / 2:.1f}" y="{py(value):.1f}" width="{bar_width:.1f}" '
             f'height="{max(py(0) - py(value), 0):.1f}" rx="3" fill="{colour}"/>'
-            f'<text class="value" x="{centre:.1f}" y="{py(value) - 7:.1f}" text-anchor="middle">{y_format(value)}</text>'
-            f'<text x="{centre:.1f}" y="{height - bottom + 18}" text-anchor="middle">{escape(label, quote=False)}</text>'
+            f'<text class="value" x="{centre:.1f}" y="{py(value) - 7:.1f}" text-anchor="middle">'
+            f"{y_format(value)}</text>"
+            f'<text x="{centre:.1f}" y="{height - bottom + 18}" text-anchor="middle">{name}</text>'
         )
     out.append(_axis_titles(x_label, y_label, left, right, width, height))
     return "".join(out) + "</svg>"

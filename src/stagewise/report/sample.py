@@ -1,8 +1,9 @@
 """A continuation with a look inside: which expert decided each token, and what every expert would have said.
 
-- With WAND bounds in the model's config the tokens come from `generate_wand`, and the deciding expert is the one that emitted.
-- Without bounds they are the product's greedy tokens, and the deciding expert is the first one from which on every deeper product
-  already has that token in front: no calibration is needed, but it is known only in hindsight.
+- With WAND bounds in the model's config the tokens come from `generate_wand`; the deciding expert is the one that
+  emitted.
+- Without bounds they are the product's greedy tokens, and the deciding expert is the first one from which on every
+  deeper product already has that token in front: no calibration is needed, but it is known only in hindsight.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ WAND_RULE = (
     "Decoded with WAND at safety 1.0: a token leaves at the first expert whose margin exceeds the stored bounds."
 )
 SETTLED_RULE = (
-    "Greedy tokens of the full product; the colour is the first expert from which on every deeper product keeps the token "
-    "(known in hindsight: this model has no exit bounds yet)."
+    "Greedy tokens of the full product; the colour is the first expert from which on every deeper product keeps the "
+    "token (known in hindsight: this model has no exit bounds yet)."
 )
 
 
 def trace_sample(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 60, top: int = 5) -> Sample:
     """Continue `prompt` greedily and attribute every token to an expert.
 
-    Returns a `Sample` whose tokens carry the `top` most likely tokens of each of the K experts and of their product, with
-    probabilities. Raises `ValueError` for a model without experts.
+    Returns a `Sample` whose tokens carry the `top` most likely tokens of each of the K experts and of their product,
+    with probabilities. Raises `ValueError` for a model without experts.
     """
     experts = expert_count(model)
     if not experts:
