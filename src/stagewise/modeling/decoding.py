@@ -1,0 +1,5 @@
+"""Decoding."""
+
+
+class StageGeneration:
+    """Elastic generation."""

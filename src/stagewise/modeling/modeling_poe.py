@@ -1,0 +1,534 @@
+"""PoEForCausalLM: a decoder-only transformer cut into stages, each of them a complete expert.
+
+Design choices:
+- `run_stage` is the only forward pass. Training, transformers' `generate`, decoding and calibration all call it.
+- Parameter names are those of the released checkpoints.
+- A *path* is a walk through the stages: "base", the model's own "specialist", or an attached one. Paths share the base's
+  tensors; what a specialist changed (embedding rows, lambdas) is its overlay and never touches the base.
+- Every load goes through `cascade`, which refuses missing, unexpected and misshapen tensors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_poe import PoEConfig
+from .decoding import StageGeneration
+from .frontier import FrontierCache
+from .heads import head_logits
+from .pooling import normalise, pool
+from .trunk import Block, CausalAttention, StageInputs, StageOutput, norm, rotary_tables, run_layers
+
+FORMAT_VERSION = "1"  # of the folders written here; its presence in config.json makes loading strict
+
+
+class Overlay(nn.Module):
+    """What a specialist changed in the frozen base: some embedding rows, perhaps the lambdas of frozen layers."""
+
+    def __init__(self, config: PoEConfig):
+        super().__init__()
+        self.register_buffer("wte_ids", torch.zeros(config.overlay_rows, dtype=torch.long))
+        self.register_buffer("wte_rows", torch.zeros(config.overlay_rows, config.hidden_size))
+        if config.overlay_lambdas:
+            self.register_buffer("resid_lambdas", torch.zeros(config.num_hidden_layers))
+            self.register_buffer("x0_lambdas", torch.zeros(config.num_hidden_layers))
+
+    def embed(self, ids: Tensor, embedded: Tensor) -> Tensor:
+        """Replace the rows of `embedded` (..., D) whose id this overlay changed."""
+        if self.wte_ids.numel() == 0:
+            return embedded
+        match = ids.unsqueeze(-1) == self.wte_ids  # (..., n)
+        rows = self.wte_rows[match.int().argmax(-1)]
+        return torch.where(match.any(-1, keepdim=True), rows.to(embedded.dtype), embedded)
+
+
+class Path:
+    """A walk through the stages that ends in an expert of its own: the base, or the base with a specialist on top.
+
+    Args:
+        name: "base", "specialist" or the name an attached specialist goes by.
+        config: the configuration of the whole path (ranges, windows, where its head sits).
+        owner: the module that holds `resid_lambdas`, `x0_lambdas` and, where there is one, `overlay`.
+        blocks: the appended blocks, in order. heads: the specialists' heads, oldest first.
+    """
+
+    def __init__(self, name: str, config: PoEConfig, owner: nn.Module, blocks, heads):
+        self.name, self.config, self.owner = name, config, owner
+        self.blocks, self.heads = list(blocks), list(heads)
+
+    @property
+    def overlay(self) -> Overlay | None:
+        return None if self.name == "base" else getattr(self.owner, "overlay", None)
+
+    def lambdas(self) -> tuple[Tensor, Tensor]:
+        overlay = self.overlay
+        source = overlay if overlay is not None and self.config.overlay_lambdas else self.owner
+        return source.resid_lambdas, source.x0_lambdas
+
+    def overlay_key(self) -> str:
+        """Equal for two paths exactly when their frozen layers compute the same function: K/V may be shared then."""
+        return "base" if self.overlay is None else self.name
+
+
+class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
+    """A language model whose every stage boundary carries a next-token head.
+
+    Stages 0 .. K-1 belong to the base; each chained specialist adds one stage after them.
+    """
+
+    config_class = PoEConfig
+    config: PoEConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+
+    def __init__(self, config: PoEConfig):
+        super().__init__(config)
+        size, padded = config.hidden_size, config.padded_vocab_size
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(padded, size),
+                "h": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            }
+        )
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(padded, config.kv_size) for i in config.value_embed_layers}
+        )
+        self.lm_head = nn.Linear(size, padded, bias=False)
+        if config.per_stage_head:
+            self.lm_head_stages = nn.ModuleList(nn.Linear(size, padded, bias=False) for _ in range(config.num_stages))
+        if config.is_specialist:
+            self.lm_head_stage = nn.Linear(size, padded, bias=False)
+            if len(config.specialist_layers) > 1:
+                ancestors = len(config.specialist_layers) - 1
+                self.lm_head_ancestors = nn.ModuleList(nn.Linear(size, padded, bias=False) for _ in range(ancestors))
+            if config.overlay_rows or config.overlay_lambdas:
+                self.overlay = Overlay(config)
+        self.resid_lambdas = nn.Parameter(torch.ones(config.num_hidden_layers))
+        self.x0_lambdas = nn.Parameter(torch.zeros(config.num_hidden_layers))
+        if config.smear_channels:
+            self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False)
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+        if config.use_backout:
+            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+        self.paths: dict[str, Path] = {"base": Path("base", config, self, (), ())}
+        if config.is_specialist:
+            heads = [*getattr(self, "lm_head_ancestors", ()), self.lm_head_stage]
+            self.paths["specialist"] = Path(
+                "specialist", config, self, self.transformer["h"][config.base_layers :], heads
+            )
+        self._rotary: tuple[Tensor, Tensor] | None = None
+        self.post_init()
+
+    # -- structure
+
+    @property
+    def default_path(self) -> str:
+        return "specialist" if self.config.is_specialist else "base"
+
+    @property
+    def attention_scale(self) -> float:
+        return self.config.qk_scale**2 / math.sqrt(self.config.head_dim)
+
+    def path(self, name: str) -> Path:
+        if name not in self.paths:
+            raise ValueError(f"unknown path {name!r}; this model has {', '.join(self.paths)}")
+        return self.paths[name]
+
+    def path_stages(self, path: str = "base") -> range:
+        """Stages a path runs through."""
+        config = self.path(path).config
+        return range(config.num_stages if path == "base" else len(config.stage_ranges))
+
+    def stage_range(self, stage: int, path: str = "base") -> tuple[int, int]:
+        return self.path(path).config.stage_ranges[stage]
+
+    def layer_window(self, layer: int, path: str = "base") -> int:
+        return self.path(path).config.layer_windows[layer]
+
+    def stage_key(self, stage: int, path: str) -> tuple:
+        """Identifies the function of the ids that a stage computes; equal keys may share keys and values."""
+        return (stage, self.path(path).overlay_key() if stage < self.config.num_stages else path)
+
+    def require_stages(self) -> None:
+        """ValueError for models trained end to end: their intermediate stages predict nothing."""
+        if self.config.poe_mode == "none":
+            raise ValueError(
+                "poe_mode is 'none': this model was trained end to end, so it has no valid intermediate experts. "
+                "Use generate() or output_mode='final'; stage modes need a model trained with a staged objective"
+            )
+
+    def check_stage(self, stage: int, name: str = "stage") -> int:
+        self.require_stages()
+        if not 0 <= stage < self.config.num_stages:
+            raise ValueError(f"{name}={stage} is out of range; this model has stages 0 to {self.config.num_stages - 1}")
+        return stage
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.transformer["wte"]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.transformer["wte"] = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> PoEForCausalLM:
+        """Draw fresh weights (from `seed` when given); nothing happens on the meta device."""
+        if self.resid_lambdas.is_meta:
+            return self
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(self.device).manual_seed(seed)
+        bound = math.sqrt(3.0 / self.config.hidden_size)
+        base = self.config.base_layers
+        wte, head = self.transformer["wte"].weight, self.lm_head.weight
+        wte.normal_(0.0, 0.8, generator=generator)
+        head.normal_(0.0, 0.001, generator=generator)
+        for block in self.transformer["h"]:
+            attn, mlp = block.attn, block.mlp
+            for w in (attn.c_q.weight, attn.c_k.weight, attn.c_v.weight):
+                w.uniform_(-bound, bound, generator=generator)
+            mlp.c_fc.weight.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
+            attn.c_proj.weight.zero_()
+            mlp.c_proj.weight.zero_()
+            if hasattr(attn, "ve_gate"):
+                attn.ve_gate.weight.uniform_(0.0, 0.02, generator=generator)
+        for embed in self.value_embeds.values():
+            embed.weight.uniform_(-bound, bound, generator=generator)
+        for name in ("lm_head_stages", "lm_head_ancestors"):
+            for module in getattr(self, name, ()):
+                module.weight.zero_()
+        if hasattr(self, "lm_head_stage"):
+            self.lm_head_stage.weight.zero_()
+        self.resid_lambdas[:base] = torch.linspace(1.15, 1.05, base)
+        self.x0_lambdas[:base] = torch.linspace(0.20, 0.05, base)
+        self.resid_lambdas[base:] = 1.0
+        self.x0_lambdas[base:] = 0.0
+        if self.config.smear_channels:
+            self.smear_gate.weight.uniform_(0.0, 0.02, generator=generator)
+            self.smear_lambda.zero_()
+        if self.config.use_backout:
+            self.backout_lambda.fill_(0.2)
+        return self
+
+    # -- the forward pass
+
+    def rotary(self, starts: list[int], length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (1 or B, T, 1, d) for the positions starts .. starts + length - 1 of each row."""
+        table = self._rotary
+        if table is None or table[0].dtype != self.dtype or table[0].device != self.device:
+            positions = torch.arange(self.config.max_position_embeddings, device=self.device)
+            table = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
+            self._rotary = table
+        if len(set(starts)) == 1:
+            return tuple(t[None, starts[0] : starts[0] + length] for t in table)
+        index = torch.tensor(starts, device=self.device)[:, None] + torch.arange(length, device=self.device)
+        index = index.clamp_max(self.config.max_position_embeddings - 1)
+        return tuple(t[index] for t in table)
+
+    def stage_inputs(
+        self,
+        ids: Tensor,
+        path: str = "base",
+        starts: list[int] | None = None,
+        counts: list[int] | None = None,
+        before: list[int] | None = None,
+    ) -> StageInputs:
+        """Everything a stage needs besides its hidden input.
+
+        Args:
+            ids: (B, T). path: whose embeddings and lambdas to use.
+            starts, counts: first position and number of valid ids per row (0 and T when None).
+            before: per row the id preceding `starts`, -1 where there is none; the smear looks one token back.
+        """
+        rows, length = ids.shape
+        starts = starts or [0] * rows
+        if max(starts) + length > self.config.max_position_embeddings and counts is None:
+            raise ValueError(
+                f"a sequence of {max(starts) + length} tokens exceeds the context of "
+                f"{self.config.max_position_embeddings} (max_position_embeddings)"
+            )
+        walk = self.path(path)
+        smear = self.config.smear_channels
+        if before is not None and smear:
+            first = torch.tensor(before, device=ids.device)[:, None]
+            lookup = torch.cat((first.clamp_min(0), ids), dim=1)
+        else:
+            first, lookup = None, ids
+        x = self.transformer["wte"](lookup)
+        if walk.overlay is not None:
+            x = walk.overlay.embed(lookup, x)
+        x = norm(x, self.config.rms_norm_eps)
+        if smear:
+            if first is None:
+                previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, D)
+            else:
+                previous, x = x[:, :-1], x[:, 1:]
+                if min(before) < 0:
+                    has = torch.ones(rows, length, 1, dtype=x.dtype, device=x.device)
+                    has[:, 0] = first >= 0
+                    previous = previous * has
+            gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., :smear]))  # (B, T, 1)
+            x = x + gate * previous
+        resid, x0 = walk.lambdas()
+        if torch.is_grad_enabled() or resid.is_meta:
+            lambdas = list(zip(resid.unbind(), x0.unbind(), strict=True))
+        else:
+            lambdas = list(zip(resid.tolist(), x0.tolist(), strict=True))
+        cos, sin = self.rotary(starts, length)
+        attend = CausalAttention(walk.config.layer_windows, self.attention_scale, self.config.fp32_attention)
+        return StageInputs(ids, x, cos, sin, attend, lambdas, list(starts), list(counts or [length] * rows), path)
+
+    def run_stage(
+        self, stage: int, hidden: Tensor, inputs: StageInputs, cache: FrontierCache | None = None
+    ) -> StageOutput:
+        """Run one stage: the only forward pass there is.
+
+        Args:
+            stage: 0 .. K-1 for the base's stages, K and up for the specialists' on `inputs.path`.
+            hidden: (B, T, D), `inputs.x0` for stage 0.
+            cache: where keys and values are kept; None attends over the sequence at hand.
+        Returns hidden (B, T, D), and the tap when this stage contains the backout layer.
+        """
+        walk = self.path(inputs.path)
+        first, last = walk.config.stage_ranges[stage]
+        base = self.config.base_layers
+        blocks = self.transformer["h"][first:last] if last <= base else walk.blocks[first - base : last - base]
+        attend = inputs.attend if cache is None else cache.attention(stage, inputs)
+        tap_layer = self.config.backout_layer if self.config.use_backout else None
+        return run_layers(blocks, self.value_embeds, tap_layer, hidden, inputs, attend)
+
+    def run_path(self, inputs: StageInputs, stages: int | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """Run the first `stages` stages of the inputs' path (all when None), uncached.
+
+        Returns the boundary states [(B, T, D)] and the tap, None while its layer has not run.
+        """
+        hidden, tap, states = inputs.x0, None, []
+        for k in self.path_stages(inputs.path)[:stages]:
+            out = self.run_stage(k, hidden, inputs)
+            hidden, tap = out.hidden, out.tap if out.tap is not None else tap
+            states.append(hidden)
+        return states, tap
+
+    # -- heads
+
+    def stage_heads(self, stage: int) -> list[nn.Module]:
+        """Heads whose sum is expert `stage`: the shared one and, where there is one, the stage's own."""
+        return [self.lm_head, self.lm_head_stages[stage]] if self.config.per_stage_head else [self.lm_head]
+
+    def stage_logits(self, stage: int, hidden: Tensor) -> Tensor:
+        """Softcapped logits (B, T, V) of expert `stage` on its boundary state (B, T, D), fp32 or wider."""
+        x = norm(hidden, self.config.rms_norm_eps)
+        return head_logits(x, self.stage_heads(stage), self.config.logit_softcap, self.config.vocab_size)
+
+    def path_heads(self, path: str, head_mode: str | None = None) -> list[nn.Module]:
+        """Heads of a path's final output. head_mode: dual (all), base (without the newest), spec (only it)."""
+        walk = self.path(path)
+        if path == "base":
+            if head_mode not in (None, "base"):
+                raise ValueError(f"head_mode={head_mode!r} needs a specialist; a base has only its own head")
+            return [self.lm_head]
+        heads = [self.lm_head]
+        if walk.config.specialist_base_head == "last_expert" and self.config.per_stage_head:
+            heads.append(self.lm_head_stages[self.config.num_stages - 1])
+        heads += walk.heads
+        chosen = {"dual": heads, "base": heads[:-1], "spec": heads[-1:]}
+        if (head_mode or "dual") not in chosen:
+            raise ValueError(f"head_mode={head_mode!r} must be dual, base or spec")
+        return chosen[head_mode or "dual"]
+
+    def final_state(self, hidden: Tensor, tap: Tensor | None, path: str = "base") -> Tensor:
+        """Normed state (B, T, D) that the final path's heads read: backout applied where the path has it."""
+        config = self.path(path).config
+        if self.config.use_backout and (path == "base" or config.specialist_base_head == "final"):
+            assert tap is not None, "the backout tap must travel with the hidden states"
+            hidden = hidden - self.backout_lambda * tap
+        return norm(hidden, config.rms_norm_eps)
+
+    def final_logits(
+        self, hidden: Tensor, tap: Tensor | None, head_mode: str | None = None, path: str | None = None
+    ) -> Tensor:
+        """Softcapped logits (B, T, V) of the final path, from the last stage's state and the backout tap."""
+        path = path or self.default_path
+        x = self.final_state(hidden, tap, path)
+        return head_logits(x, self.path_heads(path, head_mode), self.config.logit_softcap, self.config.vocab_size)
+
+    # -- what transformers and Trainer call
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: FrontierCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_mode: str | None = None,
+        head_mode: str | None = None,
+        path: str | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V) of the model's default output, or of the one asked for.
+
+        Args:
+            input_ids: (B, T). attention_mask: (B, past + T), 0 marks padding on either side.
+            past_key_values: a FrontierCache; input_ids are then the tokens after it.
+            labels: (B, T), -100 ignored, shifted here; adds the loss of the model's own objective.
+            output_mode: "aggregate" (renormalised log-probabilities of the product) or "final" (softcapped logits).
+            head_mode: dual, base or spec, for specialists. path: a specialist's name, or "base".
+            logits_to_keep: only the last so many columns; 0 for all.
+        """
+        if kwargs.get("inputs_embeds") is not None or input_ids is None:
+            raise ValueError("input_ids are needed: value embeddings and the smear are looked up by id")
+        path = path or ("base" if output_mode == "aggregate" else self.default_path)
+        mode = output_mode or ("final" if path != "base" or self.config.poe_mode == "none" else "aggregate")
+        if mode not in ("aggregate", "final"):
+            raise ValueError(f"output_mode={output_mode!r} must be aggregate or final")
+        if mode == "aggregate":
+            self.require_stages()
+        cache = past_key_values
+        if cache is None and (use_cache if use_cache is not None else False):
+            cache = FrontierCache(self, input_ids.size(0), paths=(path,))
+        states, tap, restore = self._run_padded(input_ids, attention_mask, cache, path)
+        if logits_to_keep and restore is None:
+            states = [s[:, -logits_to_keep:] for s in states]
+            tap = None if tap is None else tap[:, -logits_to_keep:]
+        elif restore is not None:  # back to the padded layout
+            restore = restore[:, -logits_to_keep:] if logits_to_keep else restore
+            states = [s.take_along_dim(restore[..., None], dim=1) for s in states]
+            tap = None if tap is None else tap.take_along_dim(restore[..., None], dim=1)
+        if mode == "final":
+            logits = self.final_logits(states[-1], tap, head_mode, path)
+        else:
+            logits = normalise(pool([self.stage_logits(k, s) for k, s in enumerate(states)], alpha=0.0))
+        loss = None if labels is None else self.objective_loss(input_ids, labels, path)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _run_padded(self, ids: Tensor, mask: Tensor | None, cache: FrontierCache | None, path: str):
+        """Run all stages on possibly padded rows. Returns (boundary states, tap, restore).
+
+        Inside, every row is moved to the left; `restore` (B, T) gathers the padded layout back, None when there was
+        nothing to move.
+        """
+        rows, length = ids.shape
+        now = None if mask is None else mask[:, -length:].bool()
+        counts, restore = [length] * rows, None
+        if now is not None and not bool(now.all()):
+            order = now.int().argsort(dim=1, descending=True, stable=True)  # valid ids first
+            ids = ids.take_along_dim(order, dim=1)
+            restore = order.argsort(dim=1)
+            counts = now.sum(1).tolist()
+            if min(counts) == 0 and cache is None:
+                raise ValueError(f"row {counts.index(0)} of attention_mask is empty: a prompt needs at least one token")
+        if cache is None:
+            states, tap = self.run_path(self.stage_inputs(ids, path=path))
+            return states, tap, restore
+        cache.extend([row[:n] for row, n in zip(ids.tolist(), counts, strict=True)])
+        cache.padded_length += length
+        states, tap = [], None
+        for k in self.path_stages(path):
+            out, _, _ = cache.advance(k, path=path)
+            states.append(out.hidden)
+            tap = out.tap
+        cache.commit([n - 64 for n in cache.lengths()])  # leaves room for transformers' assisted generation
+        return states, tap, restore
+
+    def objective_loss(self, ids: Tensor, labels: Tensor, path: str = "base") -> Tensor:
+        """The model's own training loss as one graph; -100 in `labels` (B, T) is ignored and labels are shifted here.
+
+        Logits are recomputed chunk by chunk in the backward pass, so no (B, T, V) tensor is kept.
+        """
+        config, mode = self.config, self.config.poe_mode
+        targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+        count = (targets != -100).sum().clamp_min(1)
+        inputs = self.stage_inputs(ids, path=path)
+        if path != "base" or mode == "none":
+            states, tap = self.run_path(inputs)
+            x = self.final_state(states[-1], tap, path).flatten(0, 1)
+            heads = [self.path_heads(path)]
+            return self._chunked_loss([x], heads, targets, 0.0)[0] / count
+        hidden, states = inputs.x0, []
+        for k in range(config.num_stages):
+            hidden = self.run_stage(k, hidden if mode == "hier" else hidden.detach() if k else hidden, inputs).hidden
+            states.append(norm(hidden, config.rms_norm_eps).flatten(0, 1))
+        heads = [self.stage_heads(k) for k in range(config.num_stages)]
+        weight = config.residual_weight if mode == "residual_logop" else 0.0
+        losses = self._chunked_loss(states, heads, targets, weight) / count
+        return losses.sum() / config.num_stages ** (1.0 - config.poe_alpha)
+
+    def _chunked_loss(self, states: list[Tensor], heads: list, targets: Tensor, weight: float, chunk: int = 1024):
+        """Summed loss of every expert: (1 - w) CE(p_k) + w CE(c_k), c_k the product with the earlier experts, (K,)."""
+
+        def losses(target: Tensor, *xs: Tensor) -> Tensor:
+            total, out = None, []
+            for k, (x, hs) in enumerate(zip(xs, heads, strict=True)):
+                lp = normalise(head_logits(x, hs, self.config.logit_softcap, self.config.vocab_size))
+                own = F.nll_loss(lp, target, ignore_index=-100, reduction="sum")
+                if weight and k:
+                    joint = normalise((total + lp) / (k + 1))
+                    own = (1 - weight) * own + weight * F.nll_loss(joint, target, ignore_index=-100, reduction="sum")
+                if weight:
+                    total = lp.detach() if total is None else total + lp.detach()
+                out.append(own)
+            return torch.stack(out)
+
+        parts = [
+            checkpoint(losses, targets[i : i + chunk], *(x[i : i + chunk] for x in states), use_reentrant=False)
+            for i in range(0, targets.numel(), chunk)
+        ]
+        return torch.stack(parts).sum(0)
+
+    @torch.no_grad()
+    def forward_stage(self, input_ids: Tensor, stage: int) -> Tensor:
+        """Softcapped fp32 logits (B, T, V) of one expert on its own."""
+        self.check_stage(stage)
+        states, _ = self.run_path(self.stage_inputs(input_ids), stage + 1)
+        return self.stage_logits(stage, states[-1])
+
+    @torch.no_grad()
+    def forward_aggregated(self, input_ids: Tensor, max_stages: int | None = None) -> Tensor:
+        """Renormalised log-probabilities (B, T, V) of the product of the first `max_stages` experts (all when None)."""
+        stages = self.config.num_stages if max_stages is None else max_stages
+        self.check_stage(stages - 1, name="max_stages - 1")
+        states, _ = self.run_path(self.stage_inputs(input_ids), stages)
+        return normalise(pool([self.stage_logits(k, s) for k, s in enumerate(states)]))
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """Give transformers' generate a FrontierCache in place of its own."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            rows = max(rows, model_kwargs["attention_mask"].size(0)) if "attention_mask" in model_kwargs else rows
+            paths = (model_kwargs.get("path") or ("base" if model_kwargs.get("output_mode") == "aggregate" else self.default_path),)
+            model_kwargs["past_key_values"] = FrontierCache(self, rows, paths=paths)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a model folder or repository; deltas are assembled on their parents. See `cascade.load_model`."""
+        from .cascade import load_model
+
+        if model_args:
+            raise ValueError("positional model arguments are not understood; pass keywords")
+        return load_model(cls, pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write weights, configuration, generation defaults and the code that loads them without this package."""
+        from .packed import unpacked
+
+        self.config.stagewise_version = FORMAT_VERSION
+        with unpacked(self):
+            super().save_pretrained(save_directory, **kwargs)
+
+
+PoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
