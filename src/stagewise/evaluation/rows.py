@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,21 +103,3 @@ def manifest(source: str, texts: Sequence[str]) -> dict[str, Any]:
         digest.update(len(raw).to_bytes(8, "little") + raw)
         total += len(raw)
     return {"source": source, "documents": len(texts), "bytes": total, "sha256": digest.hexdigest()}
-
-
-def text_file_documents(path: str | Path) -> Iterator[str]:
-    """Documents of a text file: paragraphs between blank lines joined up to about 4,000 characters."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data: no file {path}")
-    part: list[str] = []
-    size = 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            part.append(line)
-            size += len(line)
-            if size >= 4000 and not line.strip():
-                yield "".join(part)
-                part, size = [], 0
-    if "".join(part).strip():
-        yield "".join(part)

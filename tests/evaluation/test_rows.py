@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stagewise.evaluation.documents import document_batches, manifest, take_documents, text_file_documents, windows
+from stagewise.evaluation.rows import document_batches, manifest, take_documents, windows
 
 BOS = 99
 
@@ -59,14 +59,3 @@ def test_a_manifest_changes_with_a_byte_and_with_a_boundary():
     one = manifest("x", ["ab", "c"])
     assert (one["documents"], one["bytes"]) == (2, 3)
     assert len({one["sha256"], manifest("x", ["a", "bc"])["sha256"], manifest("x", ["ab", "d"])["sha256"]}) == 3
-
-
-def test_a_text_file_is_read_whole_as_documents(tmp_path):
-    paragraphs = "".join(f"paragraph {i} " + "word " * 200 + "\n\n" for i in range(12))
-    path = tmp_path / "text.txt"
-    path.write_text(paragraphs)
-    documents = list(text_file_documents(path))
-    assert "".join(documents) == paragraphs
-    assert len(documents) > 1
-    with pytest.raises(FileNotFoundError, match="no file"):
-        list(text_file_documents(tmp_path / "absent.txt"))
