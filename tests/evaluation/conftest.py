@@ -17,20 +17,18 @@ class BigramStages:
     would show.
     """
 
-    def __init__(
-        self, tables: torch.Tensor, final: torch.Tensor, poe_mode: str = "flat", poe_alpha: float = 0.0
-    ) -> None:
+    def __init__(self, tables: torch.Tensor, final: torch.Tensor, poe_mode: str = "flat") -> None:
         self.tables, self.final = tables, final  # (K, V, V), (V, V)
         stages, vocab = tables.shape[:2]
         self.config = SimpleNamespace(
             num_stages=stages,
             vocab_size=vocab,
             poe_mode=poe_mode,
-            poe_alpha=poe_alpha,
             is_specialist=False,
             stage_ranges=[(k, k + 1) for k in range(stages)],
             max_position_embeddings=32,
         )
+        self.default_path = "base"
         self.device, self.dtype, self.training = torch.device("cpu"), torch.float32, False
 
     def train(self, mode: bool = True) -> BigramStages:
@@ -50,6 +48,14 @@ class BigramStages:
         hidden = hidden.clone()
         hidden[..., -1] += 1
         return SimpleNamespace(hidden=hidden, tap=hidden * 0 if k == 0 else None)
+
+    def run_path(self, inputs: SimpleNamespace, stages: int | None = None) -> tuple[list[torch.Tensor], torch.Tensor]:
+        hidden, tap, states = inputs.x0, None, []
+        for k in range(self.config.num_stages)[:stages]:
+            out = self.run_stage(k, hidden, inputs)
+            hidden, tap = out.hidden, tap if out.tap is None else out.tap
+            states.append(hidden)
+        return states, tap
 
     def stage_logits(self, k: int, hidden: torch.Tensor) -> torch.Tensor:
         assert (hidden[..., -1] == k + 1).all()

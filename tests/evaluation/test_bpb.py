@@ -22,10 +22,10 @@ def flat(result):
     }
 
 
-def random_stages(bigram_stages, stages=3, vocab=7, alpha=0.0, seed=0):
+def random_stages(bigram_stages, stages=3, vocab=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tables = torch.randn(stages, vocab, vocab, generator=generator, dtype=torch.float64)
-    return bigram_stages(tables, torch.randn(vocab, vocab, generator=generator, dtype=torch.float64), poe_alpha=alpha)
+    return bigram_stages(tables, torch.randn(vocab, vocab, generator=generator, dtype=torch.float64))
 
 
 def test_two_hand_made_stages_have_the_bits_per_byte_worked_out_on_paper(two_stages):
@@ -60,10 +60,10 @@ def test_a_model_trained_end_to_end_has_only_the_final_path(two_stages):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_prefix_scores_equal_pooling_and_normalising(bigram_stages, alpha):
-    model = random_stages(bigram_stages, alpha=alpha)
+    model = random_stages(bigram_stages)
     ids = torch.randint(0, 7, (2, 9), generator=torch.Generator().manual_seed(1))
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    scores = score_tokens(model, inputs, targets, torch.ones(7, dtype=torch.long), entropy_tau=0.7)
+    scores = score_tokens(model, inputs, targets, torch.ones(7, dtype=torch.long), entropy_tau=0.7, alpha=alpha)
     logits = model.tables[:, inputs.reshape(-1)]  # (K, N, V)
     for k in range(3):
         logp = normalise(pool(logits[: k + 1].log_softmax(-1), alpha=alpha))
@@ -138,3 +138,49 @@ def test_margins_and_spreads_are_those_of_the_mean_of_log_probabilities(bigram_s
     assert torch.allclose(scores.margin, (ordered[..., 0] - ordered[..., 1]).float(), atol=1e-6)
     change = means[1:] - means[:-1]
     assert torch.allclose(scores.spread, (change.amax(-1) - change.amin(-1)).float(), atol=1e-6)
+
+
+def test_figures_of_a_real_model_are_those_of_its_own_forwards(tiny_model):
+    model = tiny_model(dtype=torch.float64)
+    ids = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(0))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    result = evaluate_bpb(model, [(inputs, targets)], torch.ones(96, dtype=torch.long))
+
+    def bits(log_probabilities):
+        return float(-log_probabilities.gather(-1, targets[..., None]).mean() / math.log(2))
+
+    with torch.no_grad():
+        assert result["product_bpb"] == pytest.approx(bits(model(inputs).logits))
+        final = model(inputs, output_mode="final").logits.log_softmax(-1)
+        assert result["final_path_bpb"] == pytest.approx(bits(final))
+    for k in range(3):
+        assert result["stage_bpb"][k] == pytest.approx(bits(model.forward_stage(inputs, k).log_softmax(-1)))
+        assert result["prefix_bpb"][k] == pytest.approx(bits(model.forward_aggregated(inputs, k + 1)))
+
+
+def test_a_specialist_is_measured_on_its_own_path_and_its_base_on_the_bases(tiny_model):
+    base = tiny_model(seed=3)
+    model = tiny_model(
+        seed=3,
+        num_hidden_layers=6,
+        new_layers=1,
+        frozen_layers=5,
+        base_layers=5,
+        dual_head=True,
+        poe_stage_layers=[2, 1, 2],
+    )
+    missing = model.load_state_dict({k: v for k, v in base.state_dict().items() if "lambdas" not in k}, strict=False)
+    assert not missing.unexpected_keys
+    with torch.no_grad():
+        model.resid_lambdas[:5], model.x0_lambdas[:5] = base.resid_lambdas, base.x0_lambdas
+    ids = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(0))
+    rows = [(ids[:, :-1], ids[:, 1:])]
+    ones = torch.ones(96, dtype=torch.long)
+    result, of_base = evaluate_bpb(model, rows, ones), evaluate_bpb(base, rows, ones)
+    assert result["default_output"] == "final_path"
+    assert result["stage_bpb"] == of_base["stage_bpb"]
+    with torch.no_grad():
+        logp = model(ids[:, :-1]).logits.log_softmax(-1)
+    expected = float(-logp.gather(-1, ids[:, 1:, None]).mean() / math.log(2))
+    assert result["final_path_bpb"] == pytest.approx(expected, rel=1e-5)
+    assert result["final_path_bpb"] != pytest.approx(of_base["final_path_bpb"], rel=1e-3)

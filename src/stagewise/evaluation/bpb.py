@@ -87,26 +87,16 @@ def boundary_states(
     D) of the final path (None, None with `final=False`). A specialist's final path starts from its own overlay of the
     base, so it is a second run.
     """
-    experts, base_stages = expert_count(model), int(model.config.num_stages)
-    specialist = bool(model.config.is_specialist)
     states: list[Tensor] = []
     hidden, tap = None, None
-    if experts or not specialist:
-        inputs = model.stage_inputs(ids, path="base")
-        hidden = inputs.x0
-        for k in range(base_stages):
-            out = model.run_stage(k, hidden, inputs)
-            hidden, tap = out.hidden, tap if out.tap is None else out.tap
-            if experts:
-                states.append(hidden)
+    if expert_count(model):
+        states, tap = model.run_path(model.stage_inputs(ids, path="base"))
+        hidden = states[-1]
     if not final:
         return states, None, None
-    if specialist:
-        inputs = model.stage_inputs(ids, path="specialist")
-        hidden, tap = inputs.x0, None
-        for k in range(len(model.config.stage_ranges)):
-            out = model.run_stage(k, hidden, inputs)
-            hidden, tap = out.hidden, tap if out.tap is None else out.tap
+    if not states or model.default_path != "base":
+        last, tap = model.run_path(model.stage_inputs(ids, path=model.default_path))
+        hidden = last[-1]
     return states, hidden, tap
 
 
@@ -140,6 +130,7 @@ def score_tokens(
     final: bool = True,
     entropy_tau: float | None = None,
     exits: bool = False,
+    alpha: float = 0.0,
 ) -> TokenScores:
     """Score `targets` (B, T) given `inputs` (B, T) with every predictor of the model; -1 marks targets to ignore.
 
@@ -148,7 +139,6 @@ def score_tokens(
     mean_{j<k} logits_j), alpha the model's `poe_alpha` (Jeong 2026, Log-OP).
     """
     experts = expert_count(model)
-    alpha = float(getattr(model.config, "poe_alpha", 0.0) or 0.0)
     inputs, targets = inputs.to(model.device), targets.to(model.device).reshape(-1)  # (N,)
     states, hidden, tap = boundary_states(model, inputs, final=final)
     names = [f"stage_{k}" for k in range(experts)] + [f"prefix_{k + 1}" for k in range(experts)]
