@@ -503,15 +503,8 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
         states, _ = self.run_path(self.stage_inputs(input_ids), stages)
         return normalise(pool([self.stage_logits(k, s) for k, s in enumerate(states)]))
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        """Give transformers' generate a FrontierCache in place of its own."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            rows = max(rows, model_kwargs["attention_mask"].size(0)) if "attention_mask" in model_kwargs else rows
-            paths = (model_kwargs.get("path") or ("base" if model_kwargs.get("output_mode") == "aggregate" else self.default_path),)
-            model_kwargs["past_key_values"] = FrontierCache(self, rows, paths=paths)
+    def _prepare_cache_for_generation(self, *args, **kwargs) -> None:
+        """transformers' generate makes no cache of its own; the first forward with use_cache makes a FrontierCache."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
