@@ -53,7 +53,10 @@ def test_padded_rows_equal_the_same_rows_alone(tiny_model):
     ids, mask = left_padded(PROMPTS)
     batch = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None)
     for row, prompt in zip(batch, PROMPTS, strict=True):
-        alone = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        one = torch.tensor([prompt])  # with its mask: transformers would take the leading <|bos|> for padding
+        alone = model.generate(
+            one, attention_mask=torch.ones_like(one), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
         assert row[ids.size(1) :].tolist() == alone[0, len(prompt) :].tolist()
 
 
