@@ -21,7 +21,7 @@ __all__ = ["PoEConfig", "PoEForCausalLM", "PoETokenizer", "load", "load_tokenize
 
 try:
     __version__ = importlib.metadata.version("stagewise")
-except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+except importlib.metadata.PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0.1.0"
 
 
@@ -39,3 +39,7 @@ def _started_as_command() -> bool:
     """Whether this process is the `stagewise` command, or `python -m stagewise` (argv[0] is "-m" while that starts)."""
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
     return program == "-m" or Path(program).stem == "stagewise"
+
+
+if not _started_as_command():
+    importlib.import_module("stagewise.modeling")

@@ -77,6 +77,7 @@ def build_app(chosen: str | None = None) -> App:
         version=__version__,
         default_parameter=Parameter(negative_iterable=()),
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     groups = {name: App(name=name, help=summary) for name, summary in GROUPS.items()}
     for name, command in COMMANDS.items():

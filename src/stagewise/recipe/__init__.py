@@ -190,8 +190,8 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise ValueError(f"override {text!r} is not of the form section.key=value")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"override {text!r}: the value is not YAML") from None
+    except yaml.YAMLError:  # a glob such as *.jsonl, for instance: taken as it stands
+        return key.strip(), value
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
