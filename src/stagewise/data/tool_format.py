@@ -1,9 +1,8 @@
-"""The text of tool calling: how functions are shown to a model and how a call is written.
+"""The text of tool calling: foreign function schemas made standard, requests, calls and responses as they are trained.
 
 Design choices:
-- One exact format, the one the tool specialists are trained on (stage-tool card): every function as JSON indented by
-  four spaces, the request after a blank line, a call as ``<functioncall> {"name": ..., "arguments": '{...}'}``. Small
-  models are template matchers: another layout is another task.
+- The wording itself lives in `modeling.chat_turns` and travels with every model: there is one format, the one the tool
+  specialists are trained on (stage-tool card). Small models are template matchers: another layout is another task.
 - Arguments are a JSON text between single quotes. An apostrophe inside it is written ``\\'``; nothing else is
   escaped a second time.
 - Foreign schemas (``dict``, ``float``, ``str, optional``, OpenAI wrappers, bare parameter tables) become plain JSON
@@ -16,10 +15,20 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PREAMBLE = "You are a helpful assistant with access to the following functions. Use them if required -\n"
-CALL_MARKER = "<functioncall>"
-RESPONSE_MARKER = "FUNCTION RESPONSE: "
-SEPARATORS = (", ", ": ")  # of the JSON inside a call
+from stagewise.modeling.chat_turns import TOOL_CALL_MARKER, TOOL_RESPONSE_MARKER, render_tool_call, render_tools
+
+__all__ = [
+    "CALL_MARKER",
+    "TOOL_RESPONSE_MARKER",
+    "render_call",
+    "render_request",
+    "render_response",
+    "render_tools",
+    "standard_schema",
+    "standard_tool",
+]
+
+CALL_MARKER = TOOL_CALL_MARKER.strip()
 
 TYPE_NAMES = {
     "dict": "object",
@@ -131,11 +140,6 @@ def standard_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, "description": str(tool.get("description") or ""), "parameters": schema}
 
 
-def render_tools(tools: Sequence[Mapping[str, Any]]) -> str:
-    """The system text that shows `tools`, each as it is, in the trained format, one after the other."""
-    return PREAMBLE + "\n".join(json.dumps(tool, indent=4, ensure_ascii=False) for tool in tools)
-
-
 def render_request(tools: Sequence[Mapping[str, Any]], query: str) -> str:
     """The user turn of a tool request: the functions, a blank line, the query."""
     return f"{render_tools(tools)}\n\n{query}"
@@ -143,10 +147,9 @@ def render_request(tools: Sequence[Mapping[str, Any]], query: str) -> str:
 
 def render_call(name: str, arguments: Mapping[str, Any]) -> str:
     """The assistant's text that calls `name` with `arguments`."""
-    quoted = json.dumps(arguments, ensure_ascii=False, separators=SEPARATORS).replace("'", "\\'")
-    return f'{CALL_MARKER} {{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": \'{quoted}\'}}'
+    return render_tool_call(name, arguments)
 
 
 def render_response(result: Any) -> str:
     """The user turn that hands a function's result back to the model."""
-    return RESPONSE_MARKER + (result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))
+    return TOOL_RESPONSE_MARKER + (result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))
