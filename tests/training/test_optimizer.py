@@ -104,14 +104,6 @@ def test_a_name_outside_the_scheme_is_refused():
         parameter_groups([("transformer.norm.scale", nn.Parameter(torch.zeros(2)))], 16)
 
 
-def test_batch_scaling_moves_every_rate_but_smear():
-    base = Rates()
-    scaled = base.scaled(batch_tokens=2**21, matrix_parameters=400, reference_parameters=100)
-    assert scaled.matrix_lr == base.matrix_lr * 2 and scaled.scalar_lr == base.scalar_lr * 2
-    assert scaled.smear_lr == base.smear_lr
-    assert scaled.weight_decay == pytest.approx(base.weight_decay * 2 / 4)
-
-
 def test_state_dict_round_trip_continues_bit_identically():
     def run(steps, tensors, optimizer, first=0):
         for step in range(first, first + steps):

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,13 +30,12 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_WIDTH = 768
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates and decays of every kind of tensor, before or after `scaled`.
+    """Learning rates and decays of every kind of tensor, as used at this batch size (`Recipe.scaled_rates`).
 
     The width factor sqrt(768 / D) of embeddings and heads is applied by `parameter_groups`, not stored here.
     """
@@ -51,23 +50,6 @@ class Rates:
     embedding_weight_decay: float = 0.001
     value_embedding_weight_decay: float = 0.01
     resid_weight_decay: float = 0.05
-
-    def scaled(self, batch_tokens: int, matrix_parameters: int, reference_parameters: int) -> Rates:
-        """Rates at a batch of `batch_tokens`: every learning rate but smear's times sqrt(batch / 2^19).
-
-        Muon's weight decay is multiplied by the same root and by D_ref / D, the token horizons of the 12-layer reference
-        and of this model. At one ratio of tokens to parameters these stand as their parameter counts do, so the
-        factor is `reference_parameters / matrix_parameters`.
-        """
-        root = math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
-        return replace(
-            self,
-            matrix_lr=self.matrix_lr * root,
-            embedding_lr=self.embedding_lr * root,
-            unembedding_lr=self.unembedding_lr * root,
-            scalar_lr=self.scalar_lr * root,
-            weight_decay=self.weight_decay * root * reference_parameters / matrix_parameters,
-        )
 
 
 def _kind_of(name: str) -> str:
@@ -297,3 +279,32 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter, direction in zip(parameters, update.unbind(), strict=True):
             if parameter.grad is not None:
                 apply_muon(parameter, direction, group["lr"], group["weight_decay"])
+
+    def _owners(self) -> Iterator[tuple[str, Tensor, str, int]]:
+        """(name, parameter, kind, first dimension of its state) of every parameter that may own state."""
+        for index, group in enumerate(self.param_groups):
+            names = group.get("names") or [f"group{index}.{i}" for i in range(len(group["params"]))]
+            if group["kind"] == "muon":
+                yield f"{names[0]}.stack", group["params"][0], "muon", len(group["params"])
+            else:
+                for name, parameter in zip(names, group["params"], strict=True):
+                    yield name, parameter, "adamw", parameter.size(0)
+
+    def named_state(self) -> dict[str, Tensor]:
+        """All state as flat tensors: "<tensor name>.exp_avg", or "<first name of a shape>.stack.momentum_buffer"."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter, _, _ in self._owners()
+            for key, value in self.state[parameter].items()
+        }
+
+    def load_named_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `named_state` gave. Raises ValueError for state of tensors this optimizer does not have."""
+        left = dict(tensors)
+        for name, parameter, kind, _ in self._owners():
+            keys = ("momentum_buffer", "second_moment") if kind == "muon" else ("step", "exp_avg", "exp_avg_sq")
+            found = {key: left.pop(f"{name}.{key}") for key in keys if f"{name}.{key}" in left}
+            self.state[parameter].clear()
+            self.state[parameter].update({key: value.clone().to(parameter.device) for key, value in found.items()})
+        if left:
+            raise ValueError(f"optimizer state of unknown tensors: {', '.join(sorted(left))}")
