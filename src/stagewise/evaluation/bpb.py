@@ -15,7 +15,7 @@ Design choices:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -201,15 +201,16 @@ def score_tokens(
     )
 
 
-def bits_per_byte(nats: float, n_bytes: float) -> float:
+def bits_per_byte(nats: Any, n_bytes: Any) -> Any:
     """Nats over bytes in bits: nats / (ln 2 * bytes)."""
     return nats / (math.log(2) * n_bytes)
 
 
-def name_figures(nats: dict[str, float], correct: dict[str, float], tokens: float, n_bytes: float) -> dict[str, Any]:
-    """The named figures from summed nats and hits per predictor. BP models have only the final path's."""
-    bpb = {name: bits_per_byte(value, n_bytes) for name, value in nats.items()}
-    accuracy = {name: value / tokens for name, value in correct.items()}
+def name_figures(bpb: Mapping[str, Any], accuracy: Mapping[str, Any]) -> dict[str, Any]:
+    """The named figures from bits per byte and accuracy per predictor: numbers, or arrays of resampled ones.
+
+    A model trained end to end has only the final path's.
+    """
     experts = sum(name.startswith("stage_") for name in bpb)
     result: dict[str, Any] = {}
     if experts:
@@ -272,6 +273,7 @@ def evaluate_bpb(
         raise ValueError(
             "the evaluation rows hold no token with bytes (no rows, or only special tokens): give more text"
         )
-    nats, correct = rest[: len(names)], rest[len(names) :]
-    result = name_figures(dict(zip(names, nats, strict=True)), dict(zip(names, correct, strict=True)), tokens, n_bytes)
-    return {"default_output": default_output(model), **result, "tokens": int(tokens), "bytes": int(n_bytes)}
+    bpb = {name: bits_per_byte(nats, n_bytes) for name, nats in zip(names, rest, strict=False)}
+    accuracy = {name: hits / tokens for name, hits in zip(names, rest[len(names) :], strict=True)}
+    figures = name_figures(bpb, accuracy)
+    return {"default_output": default_output(model), **figures, "tokens": int(tokens), "bytes": int(n_bytes)}
