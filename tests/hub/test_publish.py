@@ -1,36 +1,11 @@
 """Publishing: one branch a checkpoint, main on the newest, resumable, checked before the first request."""
 
-import importlib.util
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_DISABLE_XET"] = "1"
-
-from huggingface_hub import HfApi, constants, set_client_factory  # noqa: E402
-from huggingface_hub.utils._http import default_client_factory  # noqa: E402
-
-from stagewise.hub.publish import check_release, describe, plan, publish, release_files  # noqa: E402
-
-_spec = importlib.util.spec_from_file_location("fake_hub", Path(__file__).with_name("fake_hub.py"))
-fake_hub = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_hub)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    fake = fake_hub.FakeHub()
-    set_client_factory(fake.client)
-    yield fake
-    set_client_factory(default_client_factory)
-
-
-@pytest.fixture
-def api():
-    return HfApi(endpoint="https://huggingface.co", token="a-token")
+from stagewise.hub.publish import check_release, describe, plan, publish, release_files
 
 
 def write_model(folder: Path, seed: int) -> Path:

@@ -70,7 +70,7 @@ def release_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def check_release(folder: Path) -> None:
-    """`ValueError` naming what a model folder lacks before others could load it with transformers alone."""
+    """`ValueError` naming what a model folder lacks before transformers alone could load it."""
     config = read_json(folder / "config.json")
     names = {name for name, _ in release_files(folder)}
     missing = []
@@ -87,6 +87,18 @@ def check_release(folder: Path) -> None:
         raise ValueError(
             f"{folder} is not complete for publishing, it lacks {', '.join(missing)}: "
             "write a release folder with `stagewise export`"
+        )
+
+
+def check_parent(folder: Path) -> None:
+    """`ValueError` when a delta names a parent that only this machine has."""
+    if not (folder / "delta.safetensors").is_file():
+        return
+    parent = str(read_json(folder / "config.json").get("base_model_name_or_path") or "")
+    if parent.count("/") != 1 or parent.startswith((".", "/", "~")) or (folder / parent).exists():
+        raise ValueError(
+            f"{folder} is a delta on base_model_name_or_path={parent!r}, which others do not have: publish the parent, "
+            "then write this folder again with `stagewise export ... --parent owner/parent`"
         )
 
 
@@ -140,6 +152,7 @@ def publish(
     targets = plan(source, revision)
     for target in targets:
         check_release(target.folder)
+        check_parent(target.folder)
     if dry_run:
         files = {t.branch: [(name, path.stat().st_size) for name, path in release_files(t.folder)] for t in targets}
         return [Outcome(b, [name for name, _ in f], bytes=sum(size for _, size in f)) for b, f in files.items()]
