@@ -155,15 +155,34 @@ def test_sizes_left_out_follow_the_overridden_ones():
     assert "preset" not in model.config_arguments()
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"), [("texts/", "text"), ("a/*.jsonl", "jsonl"), ("a/b.jsonl.zst", "jsonl"), ("*.parquet", "parquet")]
-)
-def test_a_hub_source_is_replaced_by_a_local_path(path, kind):
+@pytest.mark.parametrize("path", ["texts/", "a/*.jsonl.zst", "*.parquet"])
+def test_a_hub_source_is_replaced_by_a_local_path(path):
     recipe = load_recipe("poe-3b", [f"data.sources.dclm.path={path}"])
     source = next(source for source in recipe.data.sources if source.name == "dclm")
-    assert (source.kind, source.path, source.share) == (kind, path, 24.1)
-    chat = load_recipe("stage-chat", ["specialist.conversations.smoltalk.path=chat.jsonl"])
-    assert chat.specialist.conversations[0].kind == "jsonl"
+    assert (source.path, source.share) == (path, 24.1)
+
+
+@pytest.mark.parametrize(("path", "kind"), [("chat.jsonl", "jsonl"), ("chat-*.parquet", "parquet")])
+def test_a_hub_source_of_conversations_is_replaced_by_a_local_path(path, kind):
+    recipe = load_recipe("stage-chat", [f"specialist.conversations.smoltalk.path={path}"])
+    assert (recipe.specialist.conversations[0].kind, recipe.specialist.conversations[0].path) == (kind, path)
+
+
+def test_recipes_sources_are_what_the_data_room_reads():
+    from stagewise.data.conversations import ConversationSource
+    from stagewise.data.sources import SourceSpec
+
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        for source in recipe.data.sources:
+            spec = SourceSpec.of(source)
+            assert {key: spec.as_dict()[key] for key in source.model_fields_set} == source.model_dump(
+                exclude_unset=True
+            )
+        for source in recipe.specialist.conversations if recipe.specialist else []:
+            given = source.model_dump(exclude_unset=True)
+            spec = ConversationSource.parse(source)
+            assert {key: getattr(spec, key) for key in given} == given
 
 
 def test_a_list_entry_is_reached_by_index_too():

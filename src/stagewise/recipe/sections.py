@@ -8,7 +8,6 @@ Design choices:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
@@ -142,38 +141,28 @@ class TokenizerSection(Section):
 
 
 class Source(Section):
-    """One source of documents. A hub source becomes local when `path` is set: its kind follows from the file's name."""
+    """One source of documents. A hub source with a `path` reads that local copy instead."""
 
     name: str
     kind: Literal["embedded", "text", "jsonl", "parquet", "hub"]
-    path: str | None = None  # file, folder or glob
-    text_key: str | list[str] = "text"  # several columns are joined by a blank line
+    path: str | list[str] | None = None  # files, folders or globs
+    text_key: str | list[str] = "text"  # several columns are joined by `separator`
+    separator: str | None = None
     repo: str | None = None
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
     share: float = Field(1.0, gt=0.0)  # relative to the sum of all shares
+    limit: PositiveInt | None = None  # documents
     train_only: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _local_copy(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("kind") == "hub" and values.get("path"):
-            return {**values, "kind": _kind_of(str(values["path"]))}
-        return values
 
     @model_validator(mode="after")
     def _check(self) -> Source:
-        if self.kind == "hub" and not self.repo:
+        if self.kind == "hub" and not (self.repo or self.path):
             raise ValueError(f"source {self.name!r} of kind hub needs repo, or path for a local copy")
         if self.kind in ("text", "jsonl", "parquet") and not self.path:
             raise ValueError(f"source {self.name!r} of kind {self.kind} needs path")
         return self
-
-    @property
-    def text_keys(self) -> list[str]:
-        """The columns that make up a document, in order."""
-        return [self.text_key] if isinstance(self.text_key, str) else list(self.text_key)
 
 
 class DataSection(Section):
@@ -249,18 +238,21 @@ class Conversations(Section):
     name: str
     kind: Literal["embedded", "jsonl", "parquet", "hub"]
     shape: str = "auto"
-    path: str | None = None
+    path: str | None = None  # replaces a hub source by a local copy
     repo: str | None = None
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    epochs: PositiveInt = 1
+    epochs: float = Field(1.0, gt=0.0)
+    count: PositiveInt | None = None  # conversations to make, of an embedded source
+    limit: PositiveInt | None = None  # records to read
+    invalid: Literal["error", "skip"] = "error"  # what to do with records that are no conversation
 
     @model_validator(mode="before")
     @classmethod
     def _local_copy(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and values.get("kind") == "hub" and values.get("path"):
-            return {**values, "kind": _kind_of(str(values["path"]))}
+            return {**values, "kind": "parquet" if str(values["path"]).endswith(".parquet") else "jsonl"}
         return values
 
     @model_validator(mode="after")
@@ -280,10 +272,10 @@ class SpecialistSection(Section):
     new_layers: PositiveInt
     specialist_base_head: Literal["final", "last_expert"] | None = None  # None: what suits the parent
     conversations: list[Conversations] = Field(min_length=1)
-    max_conversations: PositiveInt | None = None  # subsample, by seed
+    limit: PositiveInt | None = None  # conversations to train on, a subsample by seed
     held_out: PositiveInt = 512
-    greeting_augmentation: bool = True
-    reference_greetings: bool = False
+    greetings: Fraction = 0.0  # share of conversations opening with a greeting that get a re-cased copy
+    reference_greetings: bool = False  # match prefixes, as the cards' counts do, not whole words
     warm_init: bool = True
     init_lr_frac: Fraction = 0.2
     head_lr: Rate = 1e-4
@@ -291,9 +283,3 @@ class SpecialistSection(Section):
     end_token_weight: Rate = 1.0
     label_smoothing: Fraction = 0.0
     recompute_windows: bool = False
-
-
-def _kind_of(path: str) -> str:
-    """Kind of a local source by its file name."""
-    name = Path(path).name.removesuffix(".gz").removesuffix(".zst")
-    return "jsonl" if name.endswith((".jsonl", ".json")) else "parquet" if name.endswith(".parquet") else "text"
