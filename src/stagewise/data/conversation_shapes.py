@@ -173,7 +173,7 @@ def _turns(items: Sequence[Mapping[str, Any]], role_key: str, content_key: str, 
         role = ROLES.get(name.lower())
         if role is None:
             raise ConversationError(f"unknown role {name!r}; known: {', '.join(ROLES)}")
-        content = item.get(content_key)
+        content: Any = item.get(content_key)
         parts = isinstance(content, list) and any(isinstance(p, Mapping) and p.get("type") != "text" for p in content)
         if not parts:
             content = _text(content)

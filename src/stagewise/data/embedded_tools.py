@@ -75,14 +75,14 @@ class GeneratedRecords(Sequence[Mapping[str, Any]]):
     """`count` records, each made when it is asked for."""
 
     def __init__(self, make: Callable[[random.Random], Mapping[str, Any]], count: int, key: str) -> None:
-        self.make, self.count, self.key = make, count, key
+        self.make, self.size, self.key = make, count, key
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
     def __getitem__(self, index: Any) -> Any:
         index = int(index)
-        if not 0 <= index < self.count:
+        if not 0 <= index < self.size:
             raise IndexError(index)
         return self.make(random.Random(f"{self.key} {index}"))
 

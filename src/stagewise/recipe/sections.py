@@ -283,3 +283,4 @@ class SpecialistSection(Section):
     end_token_weight: Rate = 1.0
     label_smoothing: Fraction = 0.0
     recompute_windows: bool = False
+    long_turns: Literal["error", "cut", "skip"] = "error"  # assistant turns that do not fit the context by themselves
