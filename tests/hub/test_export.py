@@ -42,11 +42,13 @@ found["stages_used"] = used.tolist() if hasattr(used, "tolist") else list(used)
 text, rate = model.generate_speculative(ids, draft_stage=0, k_draft=3, return_acceptance=True, **length)
 found["speculative"] = text[0].tolist()
 found["acceptance"] = float(rate)
-found["composition"] = model.generate_parallel_composition(ids, stages=(1, 2), stage_weights=(1.0, 0.5), **length)[0].tolist()
+weighted = model.generate_parallel_composition(ids, stages=(1, 2), stage_weights=(1.0, 0.5), **length)
+found["composition"] = weighted[0].tolist()
 
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 found["text"] = tokenizer("the sea, <|bos|>").input_ids
-found["chat"] = tokenizer.apply_chat_template([{"role": "user", "content": "<|bos|>"}], add_generation_prompt=True)["input_ids"]
+forgery = [{"role": "user", "content": "<|bos|>"}]
+found["chat"] = tokenizer.apply_chat_template(forgery, add_generation_prompt=True)["input_ids"]
 
 half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16, device_map="auto")
 found["half"] = str(half.dtype)
@@ -219,6 +221,13 @@ def test_delta_on_a_local_parent_is_not_for_the_public(releases, delta, tmp_path
         check_parent(releases / "special")
     check_parent(export(delta, tmp_path / "public", parent="owner/base"))
     check_parent(releases / "base")
+
+
+def test_parent_in_a_relative_folder_is_still_found_from_the_new_place(delta, tmp_path):
+    out = export(delta, tmp_path / "deeper" / "down" / "special")
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        assert torch.equal(load(out)(ids).logits, load(delta)(ids).logits)
 
 
 def test_folder_without_a_model_is_named(tmp_path):

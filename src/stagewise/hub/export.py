@@ -43,8 +43,9 @@ def export(
 ) -> Path:
     """Write the release folder of a model, checkpoint or run to `out` and return it.
 
-    `dtype` converts the weights ("bfloat16"); as stored when None. A specialist's delta folder stays a delta;
-    `parent` names the repository or folder it is loaded on from now on. Raises `FileExistsError` when `out` is there and `force` is not set, `ValueError` when model and tokenizer do not fit.
+    `dtype` converts the weights ("bfloat16"); as stored when None. A specialist's delta folder stays a delta; `parent`
+    names the repository or folder it is loaded on from now on. Raises `FileExistsError` when `out` is there and `force`
+    is not set, `ValueError` when model and tokenizer do not fit.
     """
     folder = require_model(source)
     if out.exists() and not force:
@@ -56,7 +57,7 @@ def export(
     temporary.mkdir(parents=True)
     try:
         if (folder / "delta.safetensors").is_file():
-            _write_delta(folder, temporary, dtype, parent)
+            _write_delta(folder, temporary, dtype, parent or _parent_seen_from(out, folder))
         elif parent is not None:
             raise ValueError(f"--parent is for delta folders: {folder} holds whole weights")
         else:
@@ -108,6 +109,14 @@ def _write_delta(folder: Path, target: Path, dtype: str | None, parent: str | No
     (target / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
     for path in modeling_files():
         shutil.copy2(path, target / path.name)
+
+
+def _parent_seen_from(out: Path, folder: Path) -> str | None:
+    """The delta's parent as `out` has to name it: a relative folder is rewritten, anything else stays."""
+    parent = read_json(folder / "config.json").get("base_model_name_or_path")
+    if parent and not Path(parent).is_absolute() and (folder / parent).is_dir():
+        return os.path.relpath((folder / parent).resolve(), out.resolve())
+    return parent
 
 
 def generation_defaults(config: Any) -> Any:
