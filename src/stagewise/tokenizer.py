@@ -7,21 +7,14 @@ Design choices:
   stay regular, and combining marks with their letters, so that scripts that need them are not cut inside a syllable.
 - A vocabulary counts everything: 256 bytes, the merges, and nine special tokens at its end. A corpus too small for
   the size asked for is an error, not a smaller vocabulary.
-- Text is read as a stream with the position kept: invalid UTF-8 is reported by file and byte.
+- Text comes as a stream from the data room's readers, so everything that can be trained on can be counted here.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from stagewise.modeling.byte_encoding import BOS, SPECIAL_TOKENS, cut_long_blanks
 from stagewise.modeling.tokenization_poe import PoETokenizer, load_tokenizer
@@ -47,7 +40,6 @@ SPLIT_PATTERN = "|".join(
     ]
 )
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-PIECE_BYTES = 1 << 20  # plain text is read in pieces of about this size, cut at line ends
 SAMPLE_BYTES = 1 << 20
 
 
@@ -114,19 +106,28 @@ def save_release_files(tokenizer: PoETokenizer, folder: str | os.PathLike) -> li
     return [Path(path) for path in written]
 
 
-def read_documents(
-    paths: Sequence[str | os.PathLike], *, text_key: str = "text", max_bytes: int | None = None
-) -> Iterator[str]:
-    """Texts of files and globs, in order: .jsonl by line under `text_key`, others as plain UTF-8; .gz is opened.
+def read_documents(inputs: Sequence[str], *, text_key: str = "text", max_bytes: int | None = None) -> Iterator[str]:
+    """Texts of files, folders and globs in order, read as `stagewise data prepare` does; ``embedded`` or none: the
+    embedded corpus.
 
-    Stops after `max_bytes` of UTF-8. Raises FileNotFoundError for a name that matches nothing, ValueError with file
-    and byte offset for invalid UTF-8, and with file and line for a jsonl line without text.
+    Stops after `max_bytes` of UTF-8. Raises FileNotFoundError for a name that matches nothing, ValueError with the
+    file and the place (byte offset, line) for what is no valid text.
     """
-    readers = (
-        _jsonl_texts(path, text_key) if path.name.removesuffix(".gz").endswith(".jsonl") else _plain_texts(path)
-        for path in _expand(paths)
-    )
-    return _limited(chain.from_iterable(readers), max_bytes)
+    from stagewise.data.sources import SourceSpec, kind_of_name, read_source
+
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+    specs = []
+    for name in inputs or ("embedded",):
+        kinds = {kind_of_name(name) or "text"}
+        if name == "embedded":
+            kinds = {"embedded"}
+        elif os.path.isdir(name):
+            found = {kind_of_name(path.name) for path in Path(name).rglob("*") if path.is_file()}
+            kinds = {kind for kind in found if kind} or {"text"}
+        specs += [SourceSpec(name, kind=kind, path=name, text_key=text_key) for kind in sorted(kinds)]
+    texts = (document.text for spec in specs for document in read_source(spec))
+    return texts if max_bytes is None else _limited(texts, max_bytes)
 
 
 def train_command(
@@ -135,7 +136,7 @@ def train_command(
     out: Path = Path("tokenizer"),
     max_bytes: int | None = None,
     text_key: str = "text",
-    add_bos: Annotated[bool, Parameter(negative="--no-add-bos")] = False,
+    add_bos: bool = False,
 ) -> None:
     """Train a byte-level BPE tokenizer and write all files of a release.
 
@@ -151,7 +152,7 @@ def train_command(
     max_bytes
         Read at most this many bytes of text.
     text_key
-        Where the text stands in a .jsonl line.
+        Column with the text in .jsonl and .parquet files.
     add_bos
         Have tok(text) put a bos first; bos is needed in front of every prompt either way.
 
@@ -162,10 +163,7 @@ def train_command(
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    if inputs:
-        documents = read_documents(inputs, text_key=text_key, max_bytes=max_bytes)
-    else:
-        documents = _limited(_embedded_texts(), max_bytes)
+    documents = read_documents(inputs, text_key=text_key, max_bytes=max_bytes)
     console, started = Console(), time.perf_counter()
     count, size, sample, sample_size = 0, 0, [], 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -175,7 +173,7 @@ def train_command(
         def counted() -> Iterator[str]:
             nonlocal count, size, sample_size
             for text in documents:
-                length = len(text.encode("utf-8", "surrogatepass"))
+                length = len(text.encode())
                 count, size = count + 1, size + length
                 if sample_size < SAMPLE_BYTES:
                     sample.append(text)
@@ -192,82 +190,11 @@ def train_command(
     )
 
 
-def _embedded_texts() -> Iterator[str]:
-    from stagewise.data.sources import embedded_documents
-
-    for document in embedded_documents():
-        yield document if isinstance(document, str) else document.text
-
-
-def _limited(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    budget = max_bytes
+def _limited(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    left = max_bytes
     for text in texts:
-        if budget is not None:
-            data = text.encode("utf-8", "surrogatepass")
-            if len(data) > budget:
-                text = data[:budget].decode("utf-8", "ignore")
-            budget -= min(len(data), budget)
-        if text:
-            yield text
-        if budget == 0:
+        data = text.encode()
+        yield text if len(data) <= left else data[:left].decode("utf-8", "ignore")
+        left -= len(data)
+        if left <= 0:
             return
-
-
-def _expand(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    found: list[Path] = []
-    for name in map(os.fspath, paths):
-        matches = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-        if not matches:
-            raise FileNotFoundError(f"{name}: no such file, and as a pattern it matches none")
-        found += map(Path, matches)
-    return found
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines of a file with the byte offset each begins at (in the uncompressed bytes)."""
-    offset = 0
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        for line in file:
-            yield offset, line
-            offset += len(line)
-
-
-def _decoded(data: bytes, path: Path, offset: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: invalid UTF-8 at byte {offset + error.start} ({error.reason}); convert the file, or leave it out"
-        ) from None
-
-
-def _plain_texts(path: Path) -> Iterator[str]:
-    begin, piece = 0, bytearray()
-    for offset, line in chain(_lines(path), [(-1, b"")]):  # the last, empty line flushes
-        if offset < 0 or len(piece) >= PIECE_BYTES:
-            text = _decoded(bytes(piece), path, begin)
-            yield text.removeprefix("\ufeff") if begin == 0 else text
-            piece.clear()
-        if not piece:
-            begin = offset
-        piece += line
-
-
-def _jsonl_texts(path: Path, text_key: str) -> Iterator[str]:
-    for number, (offset, line) in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(_decoded(line, path, offset))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
-        text = record.get(text_key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(f"{path}: line {number} has no text under {text_key!r}; name the key with --text-key")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{path}: line {number} is no valid Unicode: half a surrogate pair in {text_key!r}"
-            ) from None
-        yield text
