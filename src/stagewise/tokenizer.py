@@ -143,8 +143,8 @@ def train_command(
     Parameters
     ----------
     inputs
-        Files or globs of plain text or .jsonl (also .gz); none: the installed Python's own library, the embedded
-        corpus.
+        Files, folders and globs of text, .jsonl and .parquet (also .gz, .zst); none, or the word embedded: the
+        installed Python's own library.
     vocab_size
         Number of tokens, nine special ones included.
     out
