@@ -23,6 +23,7 @@ from .configuration_poe import PoEConfig
 from .decoding import StageGeneration
 from .frontier import FrontierCache
 from .heads import head_logits
+from .packed import PackedWeight, unpack
 from .pooling import normalise, pool
 from .trunk import Block, CausalAttention, StageInputs, StageOutput, norm, rotary_tables, run_layers
 
@@ -126,6 +127,8 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
                 "specialist", config, self, self.transformer["h"][config.base_layers :], heads
             )
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self.is_packed = False  # see `packed`
+        self.folded_heads: dict[tuple, PackedWeight] = {}  # sums of heads, kept while the model is packed
         self.post_init()
 
     # -- structure
@@ -251,6 +254,8 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             starts, counts: first position and number of valid ids per row (0 and T when None).
             before: per row the id preceding `starts`, -1 where there is none; the smear looks one token back.
         """
+        if self.is_packed and torch.is_grad_enabled():
+            unpack(self)  # gradients need the plain weights
         rows, length = ids.shape
         starts = starts or [0] * rows
         if max(starts) + length > self.config.max_position_embeddings and counts is None:
@@ -326,10 +331,21 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
         """Heads whose sum is expert `stage`: the shared one and, where there is one, the stage's own."""
         return [self.lm_head, self.lm_head_stages[stage]] if self.config.per_stage_head else [self.lm_head]
 
+    def head_groups(self) -> dict[tuple, list[nn.Module]]:
+        """The heads that are added, by the place that adds them: what inference may keep folded into one matrix."""
+        groups = {("stage", k): self.stage_heads(k) for k in range(self.config.num_stages)}
+        groups.update({("path", name, "dual"): self.path_heads(name) for name in self.paths})
+        return {key: heads for key, heads in groups.items() if len(heads) > 1}
+
+    def _logits(self, x: Tensor, key: tuple, heads: list[nn.Module]) -> Tensor:
+        folded = self.folded_heads.get(key)
+        heads = heads if folded is None else [folded]
+        return head_logits(x, heads, self.config.logit_softcap, self.config.vocab_size)
+
     def stage_logits(self, stage: int, hidden: Tensor) -> Tensor:
         """Softcapped logits (B, T, V) of expert `stage` on its boundary state (B, T, D), fp32 or wider."""
         x = norm(hidden, self.config.rms_norm_eps)
-        return head_logits(x, self.stage_heads(stage), self.config.logit_softcap, self.config.vocab_size)
+        return self._logits(x, ("stage", stage), self.stage_heads(stage))
 
     def path_heads(self, path: str, head_mode: str | None = None) -> list[nn.Module]:
         """Heads of a path's final output. head_mode: dual (all), base (without the newest), spec (only it)."""
@@ -361,7 +377,20 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
         """Softcapped logits (B, T, V) of the final path, from the last stage's state and the backout tap."""
         path = path or self.default_path
         x = self.final_state(hidden, tap, path)
-        return head_logits(x, self.path_heads(path, head_mode), self.config.logit_softcap, self.config.vocab_size)
+        return self._logits(x, ("path", path, head_mode or "dual"), self.path_heads(path, head_mode))
+
+    # -- packing (see `packed`)
+
+    def train(self, mode: bool = True) -> PoEForCausalLM:
+        """Training works on the plain weights: a packed model is unpacked first."""
+        if mode and self.is_packed:
+            unpack(self)
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        if self.is_packed:
+            unpack(self)
+        return super()._apply(fn, recurse)
 
     # -- what transformers and Trainer call
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .packed import linear_together
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -117,6 +119,8 @@ class StageOutput:
 
 
 class Attention(nn.Module):
+    packs_together = ("c_q", "c_k", "c_v")  # they read the same input
+
     def __init__(self, config, layer: int):
         super().__init__()
         self.heads, self.groups, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -131,9 +135,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, value_embed: Tensor | None, layer: int, inputs: StageInputs, attend: Attend) -> Tensor:
         rows, length, _ = x.shape
-        q = self.c_q(x).view(rows, length, self.heads, self.dim)
-        k = self.c_k(x).view(rows, length, self.groups, self.dim)
-        v = self.c_v(x).view(rows, length, self.groups, self.dim)
+        q, k, v = linear_together(x, self.c_q, self.c_k, self.c_v)
+        q = q.view(rows, length, self.heads, self.dim)
+        k = k.view(rows, length, self.groups, self.dim)
+        v = v.view(rows, length, self.groups, self.dim)
         if value_embed is not None:
             gate = self.gate_scale * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, G)
             v = v + gate.unsqueeze(-1) * value_embed.view(rows, length, self.groups, self.dim)
