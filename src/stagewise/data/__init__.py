@@ -2,7 +2,6 @@
 
 `open_training_data` is what a training loop uses; `prepare_shards` is behind `stagewise data prepare`. The names
 below are imported when first asked for, so that readers of text need not wait for torch.
-
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Design choices:
 - It works on tokens: the piece of a document that a row needs is decoded, recased and encoded again, so prepared
   shards serve every probability and every epoch draws anew. Bytes are kept together across token boundaries: nothing
   is lost.
-
 """
 
 from __future__ import annotations
@@ -62,6 +61,8 @@ class CaseAugmentation:
         before = self._tokenizer.decode_bytes(document[start:stop].tolist())
         after = self._tokenizer.decode_bytes(document[stop : stop + 4].tolist())
         head = _continuation_bytes(before) if start > 0 else 0
+        if head == len(before):  # nothing but the end of a character of the piece before
+            return np.zeros(0, np.int64)
         raw = before[head:] + after[: _continuation_bytes(after)]
         text = recase(raw.decode("utf-8", "replace"), "lower" if case == 1 else "upper")
         return np.asarray(self._tokenizer.encode_ordinary(text), dtype=np.int64)

@@ -6,7 +6,6 @@ Design choices:
   whole signatures and count as duplicates from an estimated Jaccard similarity of 0.8.
 - The first document in the order of the work units stays. Signatures are computed unit by unit in parallel, the
   decision is one pass over them.
-
 """
 
 from __future__ import annotations

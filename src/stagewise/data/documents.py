@@ -7,7 +7,6 @@ Design choices:
 - A document's key is the file's name relative to the source plus its place in the file, never an absolute path.
 - A text file above 64 KiB is cut at the first blank line after every 32 KiB (a single long text still has documents
   on both sides of the split); a `separator` cuts exactly where it stands instead.
-
 """
 
 from __future__ import annotations

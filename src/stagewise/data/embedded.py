@@ -6,7 +6,6 @@ Design choices:
 - Left out: tests, idlelib, caches, installed packages, and files that describe the build of this machine, so that the
   same Python version gives the same corpus wherever it was compiled.
 - A manifest (Python version, documents, bytes, content hash) belongs to every figure made with it.
-
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Design choices:
 - Three stages depend on each other: signatures, the decision which duplicates go (both only with deduplication),
   tokens; on a cluster the manifest is a last task of its own.
 - Workers are spawned, not forked: encoding libraries have threads.
-
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ def run_datatrove(
             from datatrove.executor import LocalPipelineExecutor as Executor
     except ImportError as error:
         raise RuntimeError(
-            f"executor {executor} needs {error.name}: pip install 'stagewise[data]'" + (" ray" * (executor == "ray"))
+            f"executor {executor} needs {error.name}: pip install 'stagewise[scale]'" + (" ray" * (executor == "ray"))
         ) from None
     folder = str(out.resolve())
     units = len(plan["units"])

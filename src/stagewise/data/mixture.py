@@ -8,7 +8,6 @@ Design choices:
   permutation is made block by block (blocks of whole shards, themselves permuted), which bounds memory and keeps
   reads local.
 - The position (epoch, block, place in the block) is the whole state.
-
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ Design choices:
 - Lengths decide, tokens are only copied for rows that somebody asked for: every rank packs the same rows and keeps
   the rows i with i % world_size == rank. The rows, and the state, do not depend on the number of ranks.
 - The state is integers: positions of the sources, and the coordinates of the pieces in the buffer.
-
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ Design choices:
 - With deduplication a first pass leaves a signature per document and one step decides which documents stay.
 - `manifest.json` comes last and makes the folder complete; `report.json` compares what is there with the target
   shares.
-
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Design choices:
   key.
 - Beginning-of-text tokens are not stored: rows add them, so shards do not depend on the sequence length.
 - Both files are written under temporary names and renamed; a shard counts only once its work unit is marked finished.
-
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ Design choices:
   the number of workers. Large jsonl files are cut by byte range, parquet by row groups, hub datasets by their own
   shards.
 - A missing file is an error before anything is written; bad records stop the work unless told to be skipped.
-
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Design choices:
 - Every decision (validation or train, case augmentation, order) is a pure function of (seed, hash), so it can be
   taken when the tokens are read: one set of shards serves every seed and every validation fraction.
 - `content_sum` identifies the content of a corpus whatever the order or the division of the work.
-
 """
 
 from __future__ import annotations

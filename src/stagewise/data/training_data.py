@@ -7,7 +7,6 @@ Design choices:
   `validation_sources` are held out whole and reported under their names.
 - Validation rows are pieces drawn across all held-out documents at the target shares, the same rows on every call.
 - The manifest says what the data is; the report says what has been read of it.
-
 """
 
 from __future__ import annotations
