@@ -12,7 +12,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart lab specialist test lint format-check format types checks clean
+.PHONY: help quickstart lab specialist test lint format-check format types checks docs clean
 
 help:
 	@echo "make quickstart   train a small model on this machine and show what its experts can do"
@@ -20,6 +20,7 @@ help:
 	@echo "make lab          train the 10M-parameter lab model (about an hour)"
 	@echo "make test         run the tests"
 	@echo "make checks       lint, format, types and tests"
+	@echo "make docs         build the documentation into site/"
 	@echo "make clean        remove the environment, runs and caches"
 
 # torch first and on its own, so that the choice of build is this one line's
@@ -68,6 +69,10 @@ types: $(DEV_STAMP)
 	$(BIN)/mypy
 
 checks: lint format-check types test
+
+docs: $(DEV_STAMP)
+	@$(INSTALL) -c constraints.txt -e '.[docs]'
+	$(BIN)/zensical build --clean --strict
 
 clean:
 	rm -rf $(VENV) runs build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
