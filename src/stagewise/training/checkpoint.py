@@ -3,7 +3,7 @@
 Design choices
 - A checkpoint is written under a hidden temporary name, synced to disk and renamed; it is deleted the same way round. A
   process killed at any moment leaves the previous checkpoints, and nothing that looks like a checkpoint but is not.
-- Run state is safetensors plus JSON: no pickles, and no dependence on the number of ranks (optimizer state is gathered).
+- Run state is safetensors plus JSON: no pickles; optimizer state is gathered, so the number of ranks is free.
 - `RUN/checkpoints/step-000100/` is a complete model folder; its `training_state/` holds the rest.
 """
 
@@ -35,6 +35,7 @@ class RunState:
     optimizer: dict[str, Tensor]
     data: dict[str, Any]
     recipe: dict[str, Any]
+    tokens: int = 0  # targets trained on so far
     best: dict[str, Any] = field(default_factory=dict)  # {"step", "bpb"} of the best validated checkpoint
     elapsed: float = 0.0  # seconds of training so far
     guard: dict[str, Any] = field(default_factory=dict)  # the loss guard's memory
@@ -66,9 +67,11 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
                 f"no space left for {target}: free some and go on with --resume; older checkpoints are whole",
             ) from None
         raise
+    outdated = target.with_name(f".{target.name}.removing-{os.getpid()}")
     if target.exists():
-        remove_folder(target)
+        os.replace(target, outdated)
     os.replace(temporary, target)
+    shutil.rmtree(outdated, ignore_errors=True)
     _sync(target.parent)
     return target
 
@@ -89,7 +92,7 @@ def _sync(path: Path) -> None:
 
 
 def save_checkpoint(run: Path, state: RunState, save_model: Callable[[Path], None]) -> Path:
-    """Write the checkpoint of `state.step`; `save_model(folder)` writes the model folder (weights, config, tokenizer)."""
+    """Write the checkpoint of `state.step`; `save_model(folder)` writes weights, configuration and tokenizer."""
 
     def fill(folder: Path) -> None:
         save_model(folder)

@@ -2,8 +2,8 @@
 
 Design choices
 - A second model holds bf16 copies of the matrices, refreshed after each optimizer step: no cast in any forward pass.
-- Embedding tables are not copied: rows are looked up in the fp32 master and rounded after, so their gradients, sums over
-  many equal ids, also add up in fp32.
+- Embedding tables are not copied: rows are looked up in the fp32 master and rounded after, so their gradients, sums
+  over many equal ids, also add up in fp32.
 - Every gradient is added to its fp32 master the moment it is complete, and freed.
 """
 
@@ -51,7 +51,7 @@ class ComputeModel:
                 parent, _, last = name.rpartition(".")
                 table = master.get_submodule(name).weight
                 copy.get_submodule(parent)._modules[last] = MasterEmbedding(table, dtype)
-        for name, parameter in list(copy.named_parameters()):
+        for name, _ in list(copy.named_parameters()):
             source = master.get_parameter(name)
             own = nn.Parameter(torch.empty_like(source, dtype=dtype), requires_grad=source.requires_grad)
             if own.requires_grad:
