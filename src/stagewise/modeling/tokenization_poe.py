@@ -101,6 +101,8 @@ class PoETokenizer(PreTrainedTokenizerFast):
         self._encoding = encoding
         self._special_ids = {token: encoding.encode_single_token(token) for token in SPECIAL_TOKENS}
         self._token_bytes = token_bytes_of(encoding)
+        self._token_byte_lengths = torch.tensor([len(raw) for raw in self._token_bytes], dtype=torch.int64)  # (V,)
+        self._token_byte_lengths[list(self._special_ids.values())] = 0
         if len(self) != len(self._token_bytes):
             raise ValueError(f"the vocabulary has {len(self)} tokens where its encoding has {len(self._token_bytes)}")
 
@@ -139,9 +141,7 @@ class PoETokenizer(PreTrainedTokenizerFast):
     @property
     def token_byte_lengths(self) -> torch.Tensor:
         """Bytes of text every token stands for, (V,) int64; 0 for special tokens. The denominator of bits per byte."""
-        lengths = torch.tensor([len(raw) for raw in self._token_bytes], dtype=torch.int64)  # (V,)
-        lengths[list(self.special_ids.values())] = 0
-        return lengths
+        return self._token_byte_lengths.clone()
 
     # ---- text to ids ------------------------------------------------------------------------------------------------
 
@@ -172,7 +172,7 @@ class PoETokenizer(PreTrainedTokenizerFast):
                     for byte in piece.encode("utf-8", "surrogateescape")
                 ]
             elif piece:
-                ids += self._encoding.encode_ordinary(piece)
+                ids += self.encode_ordinary(piece)
         return ids
 
     def ensure_bos(self, ids: Iterable[int]) -> list[int]:
