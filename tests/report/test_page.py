@@ -45,7 +45,16 @@ def full_content() -> Content:
             "crossover_gap": -0.02,
             "tokens": 131072,
             "bytes": 400000,
-            "agreement": [[1.0, 0.8, 0.7], [0.8, 1.0, 0.9], [0.7, 0.9, 1.0]],
+            "intervals": {
+                "stage_bpb": [[1.39, 1.43], [1.34, 1.38], [1.29, 1.33]],
+                "prefix_bpb": [[1.39, 1.43], [1.33, 1.37], [1.27, 1.31]],
+                "product_bpb": [1.27, 1.31],
+            },
+            "expected_calibration_error": {"stage_0": 0.021, "prefix_3": 0.012},
+            "agreement": {
+                "names": ["stage_0", "stage_1", "stage_2"],
+                "matrix": [[1.0, 0.8, 0.7], [0.8, 1.0, 0.9], [0.7, 0.9, 1.0]],
+            },
         },
         exit_shares=[0.6, 0.25, 0.15],
         exit_setting="WAND, safety 1.0, 2,048 tokens",
@@ -54,7 +63,10 @@ def full_content() -> Content:
             for s in range(2)
             for m in (1, 2, 4)
         ],
-        routing=[{"cap": 0.02, "share": 0.7, "threshold": 1.2, "regression": 0.019, "speedup": 1.52}],
+        routing=[
+            {"cap": 0.02, "rate_over": "all", "routed_share": 0.7, "threshold": 1.2, "accuracy_loss_over_all": 0.019}
+            | {"projected_speedup": 1.52}
+        ],
         bounds=[3.1, 1.4],
         probes=[{"prompt": "The capital of France is", "texts": {"product": " Paris", "expert 0": " the"}}],
         samples=[Sample("import os\n", tokens, "greedy")],
@@ -136,7 +148,7 @@ def test_page_asks_for_nothing_outside_itself():
 
 def test_every_measured_part_has_its_section_and_every_missing_one_has_none():
     titles = ["What the experts say", "Training", "Bits per byte by depth", "Where tokens leave", "Accepted drafts"]
-    titles += ["Calibration", "Agreement", "Probe prompts", "Setting"]
+    titles += ["Calibration", "Agreement and confidence", "Probe prompts", "Setting"]
     page = render(full_content())
     assert [t for t in titles if f"<h2>{t}</h2>" in page] == titles
     bare = render(Content(title="bare"))

@@ -83,6 +83,7 @@ def _write_model(folder: Path, target: Path, dtype: str | None, max_shard_size: 
     _check_vocabulary(_write_tokenizer(folder, target), model.config.vocab_size, folder)
     model.generation_config = generation_defaults(model.config)
     model.save_pretrained(target, max_shard_size=max_shard_size)
+    _write_code(target)
 
 
 def _write_delta(folder: Path, target: Path, dtype: str | None, parent: str | None) -> None:
@@ -107,8 +108,12 @@ def _write_delta(folder: Path, target: Path, dtype: str | None, parent: str | No
     bos, *others = tokenizer.chat_stop_ids[::-1]
     defaults = {"bos_token_id": bos, "eos_token_id": [*others, bos], "pad_token_id": bos}
     (target / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
+    _write_code(target)
+
+
+def _write_code(target: Path) -> None:
     for path in modeling_files():
-        shutil.copy2(path, target / path.name)
+        shutil.copyfile(path, target / path.name)
 
 
 def _parent_seen_from(out: Path, folder: Path) -> str | None:

@@ -3,17 +3,20 @@
 - Nothing is shown that was not measured: a part whose files are missing stays empty and its section is left out.
 - Files read: `recipe.yaml` and `metrics.jsonl` of a run; `config.json` and `eval/*.json` of a model (a run's model is
   its `model/`).
-- Evaluation files are recognised by the keys they hold, not by their names, so that older files keep working.
+- Evaluation files are recognised by what they hold, not by their names (see `stagewise.hub.measurements`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from stagewise.hub.measurements import finite
+
+__all__ = ["Content", "Curves", "Sample", "SampleToken", "finite", "read_jsonl"]
 
 Point = tuple[float, float]
 
@@ -92,8 +95,3 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if number == len(lines):
                 return
             raise ValueError(f"{path}: line {number} is not JSON; remove that line or train again") from None
-
-
-def finite(value: Any) -> bool:
-    """Whether `value` is a number that can be drawn."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

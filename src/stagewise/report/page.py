@@ -242,9 +242,9 @@ def _depth(c: Content) -> str:
             [
                 f"{dot(k)}expert {k}",
                 f"{depths[k]}",
-                number(stage_bpb[k]) + _interval(intervals.get(f"stage_{k}")),
+                number(stage_bpb[k]) + _interval(_at(intervals.get("stage_bpb"), k)),
                 percent((ev.get("stage_accuracy") or [None] * count_of)[k], 2),
-                number(prefix_bpb[k]) + _interval(intervals.get(f"prefix_{k + 1}")) if k < len(prefix_bpb) else "",
+                number(prefix_bpb[k]) + _interval(_at(intervals.get("prefix_bpb"), k)) if k < len(prefix_bpb) else "",
                 percent((ev.get("prefix_accuracy") or [None] * count_of)[k], 2),
             ]
         )
@@ -262,16 +262,14 @@ def _depth(c: Content) -> str:
                 dashed=True,
                 markers=True,
                 marker_colours=[stage_colour(k) for k in range(count_of)],
-                intervals=[tuple(intervals[f"stage_{k}"]) for k in range(count_of)] if "stage_0" in intervals else (),
+                intervals=[(low, high) for low, high in intervals.get("stage_bpb", [])],
             ),
             Series(
                 "product so far",
                 list(zip(map(float, depths), prefix_bpb, strict=True)),
                 PRODUCT_COLOUR,
                 markers=True,
-                intervals=[tuple(intervals[f"prefix_{k + 1}"]) for k in range(count_of)]
-                if "prefix_1" in intervals
-                else (),
+                intervals=[(low, high) for low, high in intervals.get("prefix_bpb", [])],
             ),
         ],
         title="Bits per byte by depth",
@@ -290,7 +288,11 @@ def _depth(c: Content) -> str:
     ):
         if finite(ev.get(f"{key}_bpb")):
             others.append(
-                [name, number(ev[f"{key}_bpb"]) + _interval(intervals.get(key)), percent(ev.get(f"{key}_accuracy"), 2)]
+                [
+                    name,
+                    number(ev[f"{key}_bpb"]) + _interval(intervals.get(f"{key}_bpb")),
+                    percent(ev.get(f"{key}_accuracy"), 2),
+                ]
             )
     if finite(ev.get("crossover_gap")):
         others.append(["product minus last expert", f"{ev['crossover_gap']:+.4f}", ""])
@@ -303,6 +305,10 @@ def _depth(c: Content) -> str:
         + table(["", "bits per byte", "accuracy"], others),
         _evaluation_setting(ev),
     )
+
+
+def _at(values: Any, k: int) -> Any:
+    return values[k] if isinstance(values, list) and k < len(values) else None
 
 
 def _interval(pair: Any) -> str:
@@ -357,16 +363,16 @@ def _elastic(c: Content) -> str:
     rows = [
         [
             number(row.get("cap"), 3),
-            percent(row.get("share"), 2),
+            escape(str(row.get("rate_over", ""))),
+            percent(row.get("routed_share"), 2),
             number(row.get("threshold"), 3),
-            number(row.get("regression"), 4),
-            f"{row['speedup']:.3f}x" if finite(row.get("speedup")) else "&ndash;",
+            number(row.get("accuracy_loss_over_all"), 4),
+            f"{row['projected_speedup']:.3f}x" if finite(row.get("projected_speedup")) else "&ndash;",
         ]
         for row in c.routing
     ]
-    body = table(
-        ["accuracy loss allowed", "answered by expert 0", "margin", "accuracy loss", "projected speed-up"], rows
-    )
+    head = ["regressions allowed", "as a share of positions", "answered by expert 0", "margin (nats)"]
+    body = table([*head, "net accuracy loss", "projected speed-up"], rows)
     if c.bounds:
         cells = [[f"{k} to {k + 1}", number(bound)] for k, bound in enumerate(c.bounds)]
         body += "<br>" * bool(body) + table(["deepening the product from expert", "largest change (p99, nats)"], cells)
@@ -377,30 +383,38 @@ def _elastic(c: Content) -> str:
 
 
 def _agreement(c: Content) -> str:
-    matrix = c.evaluation.get("agreement") or []
-    rows = matrix.get("matrix") if isinstance(matrix, dict) else matrix
-    names = matrix.get("names") if isinstance(matrix, dict) else None
-    if not rows:
-        return ""
-    names = names or [f"expert {k}" for k in range(len(rows))]
-    names = [name.replace("stage_", "expert ") for name in names]
-    low = min(v for row in rows for v in row)
+    agreement = c.evaluation.get("agreement") or {}
+    rows = agreement.get("matrix") or []
+    names = [plain_name(name) for name in agreement.get("names") or []]
+    low = min((v for row in rows for v in row), default=0.0)
     cells = []
     for name, row in zip(names, rows, strict=True):
         shades = [round(8 + 52 * (v - low) / max(1 - low, 1e-9)) for v in row]
         cells.append(
             [escape(name)]
             + [
-                f'<span style="background:color-mix(in srgb,var(--accent) {shade}%,transparent);'
-                f'border-radius:5px;padding:3px 9px">{percent(v)}</span>'
+                f'<span class="shade" style="background:color-mix(in srgb,var(--accent) {shade}%,transparent)">'
+                f"{percent(v)}</span>"
                 for v, shade in zip(row, shades, strict=True)
             ]
         )
-    return section(
-        "Agreement",
-        table(["", *map(escape, names)], cells),
-        "Share of positions at which two predictors rank the same token first.",
-    )
+    body = table(["", *map(escape, names)], cells)
+    errors = c.evaluation.get("expected_calibration_error") or {}
+    if errors:
+        pairs = [[escape(plain_name(name)), number(value)] for name, value in errors.items()]
+        body += "<br>" * bool(body) + table(["", "expected calibration error"], pairs)
+    about = "Share of positions at which two predictors rank the same token first" if cells else ""
+    if errors:
+        about += (
+            "; e" if about else "E"
+        ) + "xpected calibration error: how far confidence is from accuracy, on average"
+    return section("Agreement and confidence", body, about + ".")
+
+
+def plain_name(name: str) -> str:
+    """A predictor's name for readers: stage_0 -> expert 0, prefix_2 -> product of 2."""
+    kind, _, rest = name.partition("_")
+    return {"stage": f"expert {rest}", "prefix": f"product of {rest}"}.get(kind, name.replace("_", " "))
 
 
 def _probes(c: Content) -> str:
