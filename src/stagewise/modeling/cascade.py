@@ -415,7 +415,10 @@ def load_model(
 
 def _dispatch(model, device_map):
     """Place a model by a device map: one accelerator when it fits there, else as accelerate decides."""
-    from accelerate import dispatch_model, infer_auto_device_map
+    try:  # guarded: transformers refuses remote code whose plain imports are not installed
+        from accelerate import dispatch_model, infer_auto_device_map
+    except ImportError:
+        raise ImportError("device_map needs accelerate: pip install accelerate") from None
 
     if isinstance(device_map, str):
         device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
