@@ -118,30 +118,29 @@ def test_modeling_files_can_travel_alone(path):
         assert roots <= allowed, f"line {node.lineno} imports {sorted(roots - allowed)}"
 
 
-def test_every_module_imports_without_any_extra():
-    """With every optional library hidden, the whole package still imports."""
+@pytest.fixture(scope="module")
+def bare_process():
+    """A process with every optional library hidden: imports stagewise, then each module; says what AutoModel knows."""
     names = [dotted_name(path) for path in MODULES if path.stem != "__main__"]
     program = (
         "import importlib, sys\n"
         f"sys.modules.update(dict.fromkeys({EXTRAS!r}))\n"
+        "import stagewise, transformers\n"
+        "config = transformers.AutoConfig.for_model('cognica_poe')\n"
+        "print(type(config) is stagewise.PoEConfig)\n"
+        "print(transformers.AutoModelForCausalLM._model_mapping[type(config)] is stagewise.PoEForCausalLM)\n"
         f"for name in {names!r}:\n"
         "    importlib.import_module(name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("first", ["stagewise", "transformers"])
-def test_auto_classes_know_the_model_once_stagewise_is_imported(first):
-    second = "transformers" if first == "stagewise" else "stagewise"
-    program = (
-        f"import {first}, {second}\n"
-        "config = transformers.AutoConfig.for_model('cognica_poe')\n"
-        "assert type(config) is stagewise.PoEConfig, type(config)\n"
-        "assert transformers.AutoModelForCausalLM._model_mapping[type(config)] is stagewise.PoEForCausalLM\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_auto_classes_know_the_model_once_stagewise_is_imported(bare_process):
+    assert bare_process.stdout.split()[:2] == ["True", "True"], bare_process.stderr[-2000:]
+
+
+def test_every_module_imports_without_any_extra(bare_process):
+    assert bare_process.returncode == 0, bare_process.stderr[-2000:]
 
 
 def test_public_names_are_those_promised():
