@@ -20,8 +20,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_poe import PoEConfig
-from .decoding import StageGeneration
 from .frontier import FrontierCache
+from .generation import StageGeneration
 from .heads import head_logits
 from .packed import PackedWeight, unpack
 from .pooling import normalise, pool
@@ -346,6 +346,12 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
         """Softcapped logits (B, T, V) of expert `stage` on its boundary state (B, T, D), fp32 or wider."""
         x = norm(hidden, self.config.rms_norm_eps)
         return self._logits(x, ("stage", stage), self.stage_heads(stage))
+
+    def expert_logits(self, stages: list[int], states: list[Tensor]) -> list[Tensor]:
+        """Softcapped logits of several experts on states of equal shape (B, M, D); a shared head is read once."""
+        if self.config.per_stage_head or len(stages) == 1:
+            return [self.stage_logits(k, h) for k, h in zip(stages, states, strict=True)]
+        return list(self.stage_logits(stages[0], torch.stack(states)).unbind())
 
     def path_heads(self, path: str, head_mode: str | None = None) -> list[nn.Module]:
         """Heads of a path's final output. head_mode: dual (all), base (without the newest), spec (only it)."""
