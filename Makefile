@@ -1,6 +1,6 @@
 # Every target works on a fresh clone: it makes .venv, installs what it needs with constraints.txt, and runs.
-# PYTHON picks the interpreter (3.11 or newer); TORCH_FLAGS are added when torch is installed, for instance
-#   make quickstart TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
+# PYTHON picks the interpreter (3.11 or newer); TORCH_FLAGS are added when torch is installed, for instance to choose a
+# build without CUDA.
 PYTHON ?= python3
 TORCH_FLAGS ?=
 PYTEST_FLAGS ?=
