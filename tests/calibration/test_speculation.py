@@ -10,11 +10,11 @@ from stagewise.calibration.speculation import acceptance_table, expected_round, 
 
 def test_rounds_are_counted_as_greedy_speculation_runs_them():
     agree = np.array([True, True, False, True, True, True, True])
-    # length 2: [T T]+bonus position 2 is emitted by the target, [T T]+1, [T]: all drafts accepted
-    assert speculate(agree, 2) == (5, 5, 3)
-    # length 3: [T T F] corrected at 2, then [T T T] + bonus
+    # length 2: two accepted and position 2 from the target, two accepted and position 5, then the target alone
+    assert speculate(agree, 2) == (4, 4, 3)
+    # length 3: a miss at position 2 is corrected there, then three accepted and a bonus
     assert speculate(agree, 3) == (5, 6, 2)
-    assert speculate(np.array([False, False]), 3) == (0, 3, 2)
+    assert speculate(np.array([False, False]), 3) == (0, 1, 2)
 
 
 def test_counts_equal_a_simulation_of_drafting_and_verifying(random_stages):
@@ -32,7 +32,7 @@ def test_counts_equal_a_simulation_of_drafting_and_verifying(random_stages):
         committed, accepted, drafted = [0], 0, 0
         while len(committed) < len(text):
             proposal = [committed[-1]]
-            for _ in range(min(row["k_draft"], len(text) - len(committed))):
+            for _ in range(min(row["k_draft"], len(text) - len(committed) - 1)):
                 proposal.append(int(draft[proposal[-1]]))
             drafted += len(proposal) - 1
             for token in proposal[1:]:
@@ -51,7 +51,7 @@ def test_a_drafter_that_always_agrees_is_always_accepted(statistics_of):
     table = acceptance_table(statistics, [0.5, 1.0], lengths=(4,))
     row = table["rows"][0]
     assert row["acceptance"] == 1.0 and table["token_agreement"] == [1.0, 1.0] and table["texts"] == 2
-    assert row["tokens_per_round"] == 12 / 3  # 5 tokens in one round, 7 in two
+    assert row["tokens_per_round"] == 12 / 3  # 5 tokens in one round, 5 + 2 in two
     assert row["bandwidth_speedup"] == pytest.approx(4 / 3)
 
 
@@ -59,7 +59,8 @@ def test_texts_do_not_lend_each_other_drafts(statistics_of):
     agree = np.array([[1, 1, 1, 1], [1, 1, 1, 1]])
     one = acceptance_table(statistics_of(np.zeros((2, 4)), agree), [0.5, 1], lengths=(3,))
     four = acceptance_table(statistics_of(np.zeros((2, 4)), agree, groups=[0, 1, 2, 3]), [0.5, 1], lengths=(3,))
-    assert one["rows"][0]["drafted"] == 3 and four["rows"][0]["drafted"] == 4
+    assert one["rows"][0]["drafted"] == 3 and four["rows"][0]["drafted"] == 0
+    assert four["rows"][0]["acceptance"] == 0.0
 
 
 def test_the_best_length_is_the_one_with_the_largest_speedup(statistics_of):

@@ -1,5 +1,5 @@
 """A hand-made model of two stages whose predictions are bigram tables: every figure about it can be worked out on
-paper.
+paper. And a small real model as a folder with its tokenizer.
 """
 
 from __future__ import annotations
@@ -87,3 +87,56 @@ def two_stages() -> BigramStages:
         return rows.log()
 
     return BigramStages(torch.stack([table(1 / 2), table(1 / 8)]), table(1 / 4))
+
+
+TEXT = (
+    "The expert of a stage predicts the next token; every stage is an expert. Early exits answer what is easy.\n\n"
+    "def pool(logits, weights):\n    return sum(w * x for w, x in zip(weights, logits))\n\n"
+    "Stages 0, 12 and 345 agree on most tokens, and where they do not, the product decides: naïve, but it works.\n\n"
+)
+
+
+def write_model(folder, seed: int = 0, **changes):
+    """A model folder with random weights that matter and a tokenizer of 320 tokens."""
+    from stagewise.modeling import PoEConfig, PoEForCausalLM
+    from stagewise.tokenizer import train_tokenizer
+
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "poe_stage_layers": [1, 1, 1],
+        "per_stage_head": True,
+        "poe_mode": "flat",
+        **changes,
+    }
+    model = PoEForCausalLM(PoEConfig(**settings)).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lm_head" in name:
+                p.normal_(0.0, 0.4, generator=generator)
+            elif "c_proj" in name:
+                p.normal_(0.0, 0.1, generator=generator)
+    model.save_pretrained(folder)
+    train_tokenizer([TEXT], 320).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def end_to_end_folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("end-to-end"), seed=1, poe_mode="none", per_stage_head=False)
+
+
+@pytest.fixture
+def sample_text() -> str:
+    return TEXT

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from stagewise.calibration.exits import ExitStatistics, exit_thresholds, wand_output
-from stagewise.calibration.wand_bounds import write_json
+from stagewise.evaluation.provenance import write_json
 
 FILE_NAME = "certificate.json"
 LOSSES = ("text", "token")

@@ -20,13 +20,13 @@ DEFAULT_LENGTHS = (1, 2, 3, 4, 6, 8)
 def speculate(agree: np.ndarray, length: int) -> tuple[int, int, int]:
     """(accepted, drafted, rounds) of greedy speculation over one text with `agree` (T,) between draft and target.
 
-    A round drafts `length` tokens (fewer where the text ends), keeps those before the first miss, and adds the
-    target's own token: the correction, or a bonus after all were accepted.
+    A round drafts `length` tokens (fewer where the text ends: one place is the target's), keeps those before the first
+    miss, and adds the target's own token: the correction, or a bonus after all were accepted.
     """
     accepted = drafted = rounds = position = 0
     end = agree.size
     while position < end:
-        draft = min(length, end - position)
+        draft = min(length, end - position - 1)
         window = agree[position : position + draft]
         hits = draft if window.all() else int(window.argmin())
         accepted += hits
@@ -72,7 +72,7 @@ def acceptance_table(
                 {
                     "draft_stage": stage,
                     "k_draft": length,
-                    "acceptance": accepted / drafted,
+                    "acceptance": accepted / drafted if drafted else 0.0,
                     "accepted": accepted,
                     "drafted": drafted,
                     "tokens_per_round": per_round,

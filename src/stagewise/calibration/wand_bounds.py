@@ -8,13 +8,13 @@ kept. A sum of percentiles guarantees nothing about the sum; what is promised st
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stagewise.calibration.exits import ExitStatistics, exit_thresholds, wand_output
+from stagewise.evaluation.provenance import write_json
 
 MINIMUM_TOKENS = 131_072
 CONFIG_FIELD = "poe_wand_p99_bounds_per_stage_head"
@@ -41,16 +41,6 @@ def exit_report(statistics: ExitStatistics, bounds: list[float], safety: float =
     shares = np.bincount(depth.numpy(), minlength=statistics.experts) / statistics.tokens
     disagreement = float((tokens != statistics.prefix_top1[-1]).double().mean())
     return {"safety": safety, "exit_shares": shares.tolist(), "disagreement": disagreement}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name beside `path`, then rename: a killed process leaves the old file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def store_bounds(folder: str | Path, bounds: list[float]) -> None:

@@ -79,7 +79,7 @@ def inference(model: Any):
 
 
 def boundary_states(
-    model: Any, ids: Tensor, *, final: bool = True
+    model: Any, ids: Tensor, *, final: bool = True, stages: int | None = None
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """Run the trunk once: hidden states at every expert's boundary, and the last state and tap of the final path.
 
@@ -89,8 +89,8 @@ def boundary_states(
     """
     states: list[Tensor] = []
     hidden, tap = None, None
-    if expert_count(model):
-        states, tap = model.run_path(model.stage_inputs(ids, path="base"))
+    if expert_count(model) and stages != 0:
+        states, tap = model.run_path(model.stage_inputs(ids, path="base"), None if final else stages)
         hidden = states[-1]
     if not final:
         return states, None, None
@@ -131,6 +131,7 @@ def score_tokens(
     entropy_tau: float | None = None,
     exits: bool = False,
     alpha: float = 0.0,
+    stages: int | None = None,
 ) -> TokenScores:
     """Score `targets` (B, T) given `inputs` (B, T) with every predictor of the model; -1 marks targets to ignore.
 
@@ -139,8 +140,10 @@ def score_tokens(
     mean_{j<k} logits_j), alpha the model's `poe_alpha` (Jeong 2026, Log-OP).
     """
     experts = expert_count(model)
+    experts = experts if stages is None else min(stages, experts)
     inputs, targets = inputs.to(model.device), targets.to(model.device).reshape(-1)  # (N,)
-    states, hidden, tap = boundary_states(model, inputs, final=final)
+    states, hidden, tap = boundary_states(model, inputs, final=final, stages=stages)
+    states = states[:experts]
     names = [f"stage_{k}" for k in range(experts)] + [f"prefix_{k + 1}" for k in range(experts)]
     if experts and entropy_tau is not None:
         names.append("entropy_weighted")

@@ -1,7 +1,8 @@
-"""Where a figure comes from: versions, commit, machine, time. Every JSON result carries this."""
+"""Where a figure comes from: versions, commit, machine, time. Every JSON result carries this and is written whole."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -80,3 +81,13 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
     if seed is not None:
         facts["seed"] = seed
     return facts
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name beside `path`, then rename: a killed process leaves the old file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
