@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from stagewise.training.head_loss import HeadSettings, chunked_head_loss
 
 V, VPAD, D, N, CAP = 50, 64, 16, 37, 15.0

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from stagewise.training.optimizer import (
     MuonAdamW,
     Rates,
@@ -16,7 +18,6 @@ from stagewise.training.optimizer import (
     reduce_variance,
 )
 from stagewise.training.schedule import Schedule
-from torch import nn
 
 
 def named_tensors():

@@ -1,8 +1,8 @@
 """Twelve steps of the reference optimizer, reproduced.
 
 The gradients of the lambdas are pure rounding noise at the first step (every block starts as the identity), and AdamW
-turns noise into steps of full size: only logits computed the reference's way keep to its trajectory. So the loss here is
-torch's own on whole logits; that the chunked loss has the same gradients is tested elsewhere.
+turns noise into steps of full size: only logits computed the reference's way keep to its trajectory. So the loss here
+is torch's own on whole logits; that the chunked loss has the same gradients is tested elsewhere.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+
 from stagewise.modeling.configuration_poe import PoEConfig
 from stagewise.modeling.modeling_poe import PoEForCausalLM
 from stagewise.training.optimizer import MuonAdamW, Rates, parameter_groups
