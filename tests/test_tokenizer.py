@@ -1,6 +1,5 @@
 """Training a tokenizer and writing its release files."""
 
-import gzip
 import json
 
 import pytest
@@ -10,10 +9,7 @@ from tokenizers import Tokenizer
 
 from stagewise.modeling.byte_encoding import SPECIAL_TOKENS
 from stagewise.tokenizer import (
-    load_tokenizer,
-    read_documents,
     save_release_files,
-    train_command,
     train_tokenizer,
 )
 
@@ -114,45 +110,3 @@ def test_very_long_runs_of_blanks_train(tokenizer):
         tokenizer.encode_ordinary(text),
         tokenizer.encode_ordinary("a b"),
     ]
-
-
-def test_invalid_utf8_names_file_and_offset(tmp_path):
-    bad = tmp_path / "bad.txt"
-    bad.write_bytes(b"fine line\nbroken \xff here\n")
-    with pytest.raises(ValueError, match=r"bad\.txt: invalid UTF-8 at byte 17"):
-        train_command(str(bad), vocab_size=300, out=tmp_path / "out")
-
-
-def test_documents_come_from_globs_folders_jsonl_and_gzip(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst\n")
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("größer\n".encode()))
-    (tmp_path / "c.jsonl").write_text('{"body": "one"}\n\n{"body": "two"}\n')
-    everything = {"first\n", "größer\n", "one", "two"}
-    assert set(read_documents([str(tmp_path)], text_key="body")) == everything
-    texts = list(read_documents([str(tmp_path / "*.txt*"), str(tmp_path / "c.jsonl")], text_key="body"))
-    assert texts == ["first\n", "größer\n", "one", "two"]
-
-
-def test_max_bytes_stops_at_a_character(tmp_path):
-    (tmp_path / "a.txt").write_text("ééé")
-    assert "".join(read_documents([str(tmp_path / "a.txt")], max_bytes=5)) == "éé"
-    with pytest.raises(ValueError, match="max_bytes"):
-        read_documents([str(tmp_path / "a.txt")], max_bytes=0)
-
-
-def test_embedded_corpus_is_read_when_nothing_is_named():
-    assert len("".join(read_documents([], max_bytes=10_000)).encode()) == 10_000
-
-
-def test_missing_file_is_an_error_before_training(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        train_command(str(tmp_path / "nowhere*.txt"), vocab_size=300, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_train_command_writes_a_folder_that_loads(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text(TEXT)
-    train_command(str(tmp_path / "*.txt"), vocab_size=320, out=tmp_path / "out", add_bos=True)
-    loaded = load_tokenizer(tmp_path / "out")
-    assert len(loaded) == 320 and loaded.add_bos_token
-    assert "320 tokens" in capsys.readouterr().out

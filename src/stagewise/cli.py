@@ -56,7 +56,7 @@ COMMANDS: dict[str, Command] = {
     "card": Command("stagewise.hub.commands:card", "Write the model card from what was measured."),
     "export": Command("stagewise.hub.commands:export", "Write a folder that transformers alone can load."),
     "publish": Command("stagewise.hub.commands:publish", "Upload a model folder to a repository."),
-    "tokenizer train": Command("stagewise.tokenizer:train_command", "Train a byte-level BPE tokenizer."),
+    "tokenizer train": Command("stagewise.training.tokenizer_command:train", "Train a byte-level BPE tokenizer."),
     "data prepare": Command("stagewise.data.commands:prepare", "Tokenise a mixture into memory-mapped shards."),
     "recipe show": Command("stagewise.recipe:show", "Print a recipe and what its settings come to."),
     "recipe list": Command("stagewise.recipe:list_recipes", "List the shipped recipes."),
