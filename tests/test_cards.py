@@ -36,7 +36,6 @@ SHAPES = {
         "poe_wand_p99_bounds_per_stage_head": [0.2, 0.2, 0.2],
     },
     "cognica/Cognica-BP-v1.0-1.3B-base": {
-        **WIDE,
         "poe_mode": "none",
         "poe_stage_layers": [1, 1, 1, 1],
         "num_hidden_layers": 4,
@@ -173,7 +172,7 @@ def test_one_checkpoint_loads_by_its_branch(after):
 
 def test_bp_1_3b_card_runs(after):
     found = after("bp_1_3b_base")
-    assert found["ids"][0].count(BOS) == 1 and found["ids"][0][0] == BOS
+    assert found["ids"][0].count(311) == 1 and found["ids"][0][0] == 311
     assert continued(found["out"], found["ids"], 40)
 
 

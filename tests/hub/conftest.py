@@ -1,6 +1,7 @@
 """Small models with tokenizers, as folders; and a Hugging Face hub in memory behind an httpx2 mock transport."""
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ TINY = {
 }
 
 
+@functools.cache
 def make_tokenizer(vocabulary: int, add_bos_token: bool = False):
     """A byte-level tokenizer with `vocabulary` tokens: all bytes, pairs of letters, the nine special tokens."""
     import tiktoken

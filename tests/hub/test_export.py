@@ -29,7 +29,7 @@ found = {}
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 found["class"] = type(model).__module__
 found["dtype"] = str(model.dtype)
-tensors = {"logits": model(ids).logits, "stage": model.forward_stage(ids, stage=1)}
+tensors = {"logits": model(ids).logits, "stage_logits": model.forward_stage(ids, stage=1)}
 tensors["aggregate"] = model.forward_aggregated(ids, max_stages=2)
 length = {"max_new_tokens": 12}
 found["generate"] = model.generate(ids, do_sample=False, **length)[0].tolist()
@@ -112,7 +112,7 @@ def test_logits_are_the_same_without_the_package(elsewhere, checkpoint):
     assert elsewhere["class"].startswith("transformers_modules.")
     with torch.no_grad():
         assert torch.equal(elsewhere["logits"], model(ids).logits)
-        assert torch.equal(elsewhere["stage"], model.forward_stage(ids, stage=1))
+        assert torch.equal(elsewhere["stage_logits"], model.forward_stage(ids, stage=1))
         assert torch.equal(elsewhere["aggregate"], model.forward_aggregated(ids, max_stages=2))
 
 

@@ -395,8 +395,8 @@ def _stage_limitations(config: dict[str, Any], m: Measurements) -> list[str]:
     last = len(stages) - 1
     if finite(gap) and gap >= 0:
         lines.append(
-            f"The product is no better than expert {last} alone: {f['product_bpb']:.4f} against {stages[last]:.4f} bits "
-            "per byte."
+            f"The product is no better than expert {last} alone: {f['product_bpb']:.4f} against "
+            f"{stages[last]:.4f} bits per byte."
         )
     product = f.get("product_bpb")
     if finite(product) and len(stages) > 1:
