@@ -60,22 +60,17 @@ def convert_encoding(encoding: tiktoken.Encoding) -> Tokenizer:
 
 def rebuild_encoding(backend: Tokenizer, name: str = "stagewise") -> tiktoken.Encoding:
     """The tiktoken encoding of a byte-level BPE backend. Raises ValueError when it is something else."""
-    data = json.loads(backend.to_str())
-    steps = data["pre_tokenizer"] or {}
+    steps = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer is not None else {}
     steps = steps.get("pretokenizers", [steps])
-    patterns = [
-        step["pattern"]["Regex"] for step in steps if step.get("type") == "Split" and "Regex" in step["pattern"]
-    ]
-    if data["model"].get("type") != "BPE" or len(patterns) != 1 or data["normalizer"] is not None:
+    splits = [step["pattern"] for step in steps if step.get("type") == "Split"]
+    patterns = [pattern["Regex"] for pattern in splits if "Regex" in pattern]
+    if type(backend.model).__name__ != "BPE" or len(patterns) != 1 or backend.normalizer is not None:
         raise ValueError("tokenizer.json is not a byte-level BPE with one split pattern and no normalizer")
     to_byte = {char: byte for byte, char in bytes_to_unicode().items()}
-    special = {token["content"]: token["id"] for token in data["added_tokens"]}
+    special = {token.content: rank for rank, token in sorted(backend.get_added_tokens_decoder().items())}
+    vocabulary = sorted(backend.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
     try:
-        ranks = {
-            bytes(to_byte[char] for char in token): rank
-            for token, rank in data["model"]["vocab"].items()
-            if token not in special
-        }
+        ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocabulary if token not in special}
     except KeyError as error:
         raise ValueError(f"tokenizer.json is not byte-level: {error.args[0]!r} stands for no byte") from None
     _check_encoding(ranks, special)
