@@ -1,7 +1,5 @@
 """A tokenizer of bytes: 256 tokens and a bos. Spawned processes import it by its file, so it stands alone."""
 
-import torch
-
 
 class ByteTokenizer:
     bos_token_id = 256
@@ -17,5 +15,11 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256)
 
     @property
+    def token_bytes(self):
+        return [bytes([i]) for i in range(256)] + [b"<|bos|>"]
+
+    @property
     def token_byte_lengths(self):
+        import torch
+
         return torch.tensor([1] * 256 + [0])

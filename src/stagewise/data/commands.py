@@ -163,5 +163,8 @@ def print_report(report: dict) -> None:
             *percent,
             f"{epochs:.2f}" if epochs is not None else "",
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    console.print(table)
     print("epochs: how often a source comes round while training reads as many tokens as all sources hold")

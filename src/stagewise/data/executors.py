@@ -5,7 +5,7 @@ Design choices:
   may be interrupted, repeated or replaced by another.
 - Three stages depend on each other: signatures, the decision which duplicates go (both only with deduplication),
   tokens; on a cluster the manifest is a last task of its own.
-- Workers are spawned, not forked: encoding libraries have threads.
+- Workers are forked from a clean server process, never from this one: encoding libraries have threads.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ def run_locally(plan: dict, out: Path, load_tokenizer: Callable[[], Any], worker
         _run_stage("tokens", partial(_encode, out), to_encode, sizes, load_tokenizer, workers, progress)
 
 
+def _worker_context() -> Any:
+    """Processes that start from a clean one which has imported this module once; spawned where that is not offered."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _run_stage(
     name: str,
     work: Callable[[int], int],
@@ -71,7 +80,7 @@ def _run_stage(
             return
         pool = ProcessPoolExecutor(
             min(workers, len(units)),
-            mp_context=multiprocessing.get_context("spawn"),
+            mp_context=_worker_context(),
             initializer=_start_worker,
             initargs=(load_tokenizer,),
         )
