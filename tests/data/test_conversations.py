@@ -285,24 +285,24 @@ def test_a_restored_packer_continues_identically(tmp_path, tokenizer):
     whole = packer()
     for _ in range(7):
         whole.next_row()
-    state = json.loads(json.dumps(whole.state()))
+    state = json.loads(json.dumps(whole.state_dict()))
     rest = [whole.next_row() for _ in range(9)]
     again = packer()
-    again.load_state(state)
+    again.load_state_dict(state)
     for (ids, mask), (ids2, mask2) in zip(rest, (again.next_row() for _ in range(9)), strict=True):
         assert (ids == ids2).all() and (mask == mask2).all()
     with pytest.raises(ValueError, match="resume with the data the run began with"):
-        again.load_state({**state, "conversations": 5})
+        again.load_state_dict({**state, "conversations": 5})
 
 
 def test_ranks_together_see_what_one_rank_sees(tmp_path, tokenizer):
     mixture = ConversationMixture([{"name": "s", "path": write_jsonl(tmp_path / "s.jsonl", numbered(40))}])
 
-    def packer():
-        return ConversationPacker(mixture, mixture.train, tokenizer, 64)
+    def packer(**ranks):
+        return ConversationPacker(mixture, mixture.train, tokenizer, 64, **ranks)
 
     alone, _ = packer().next_batch(4)
-    ranks = [packer().next_batch(2, rank, 2)[0] for rank in range(2)]
+    ranks = [packer(rank=rank, world=2).next_batch(2)[0] for rank in range(2)]
     assert (alone[0::2] == ranks[0]).all() and (alone[1::2] == ranks[1]).all()
 
 

@@ -86,7 +86,8 @@ class ConversationPacker:
     """Endless rows (ids (T + 1,), mask (T + 1,)) from conversations in a seeded order, a new order each epoch.
 
     Each row takes the longest waiting conversation that still fits, out of `buffer` waiting ones; the rest of the row
-    is padding. `state` and `load_state` save and restore the position exactly.
+    is padding. `rank` of `world` gets every world-th row. `state_dict` and `load_state_dict` save and restore the
+    position.
     """
 
     def __init__(
@@ -100,10 +101,13 @@ class ConversationPacker:
         buffer: int = 128,
         long_turns: str = "error",
         shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.mixture, self.entries, self.tokenizer = mixture, entries, tokenizer
         self.row_tokens, self.seed, self.buffer_size = row_tokens, seed, buffer
         self.long_turns, self.shuffle = long_turns, shuffle
+        self.rank, self.world = rank, world
         self.pad_id = int(tokenizer.bos_token_id)
         self.position = 0  # conversations taken so far, over all epochs
         self.waiting: list[tuple[int, Rendered]] = []  # (position, rendered), oldest first
@@ -168,12 +172,12 @@ class ConversationPacker:
         while (row := self.next_row(end=len(self.entries))) is not None:
             yield row
 
-    def next_batch(self, size: int, rank: int = 0, world: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (size, T) of this rank; -1 marks targets without loss."""
-        rows = [self.next_row() for _ in range(size * world)]
-        return batch([row for row in rows[rank::world] if row is not None])
+    def next_batch(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (rows, T) of this rank; -1 marks targets without loss."""
+        packed = [self.next_row() for _ in range(rows * self.world)]
+        return batch([row for row in packed[self.rank :: self.world] if row is not None])
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The position, small and JSON-able."""
         return {
             "position": self.position,
@@ -184,7 +188,7 @@ class ConversationPacker:
             "left_out": self.left_out,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises ValueError when the conversations are others."""
         if state["conversations"] != len(self.entries):
             raise ValueError(
