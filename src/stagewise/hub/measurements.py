@@ -72,9 +72,9 @@ def read_measurements(folder: Path) -> Measurements:
 
 
 def _take(found: Measurements, value: dict[str, Any]) -> None:
+    figures = next((part for part in walk(value) if is_figures(part)), None)  # a comparison tells its own model first
+    found.figures = figures or found.figures
     for part in walk(value):
-        if is_figures(part):
-            found.figures = part
         if "exit_shares" in part:
             found.exits = {"tokens": value.get("tokens"), **part}
         if "epsilon" in part and "delta" in part:
@@ -102,7 +102,8 @@ def _probes(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
             (part[key] for key in ("texts", "greedy", "continuations") if isinstance(part.get(key), dict)), None
         )
         if "prompt" in part and texts:
-            yield {"prompt": str(part["prompt"]), "texts": {k: str(v) for k, v in texts.items()}}
+            plain = {mode: text["text"] if isinstance(text, dict) else text for mode, text in texts.items()}
+            yield {"prompt": str(part["prompt"]), "texts": {mode: str(text) for mode, text in plain.items()}}
 
 
 def _setting(value: dict[str, Any]) -> dict[str, str]:
@@ -123,6 +124,12 @@ def _setting(value: dict[str, Any]) -> dict[str, str]:
             if isinstance(manifest, dict) and manifest.get("sha256") and manifest.get("source"):
                 facts["validation text"] = f"{manifest['source']} (sha256 {str(manifest['sha256'])[:16]})"
     return facts
+
+
+def plain_name(name: str) -> str:
+    """A predictor's name for readers: stage_0 -> expert 0, prefix_2 -> product of 2."""
+    kind, _, rest = name.partition("_")
+    return {"stage": f"expert {rest}", "prefix": f"product of {rest}"}.get(kind, name.replace("_", " "))
 
 
 def count_parameters(folder: Path) -> int:

@@ -19,6 +19,7 @@ from stagewise.hub.measurements import (
     count_parameters,
     duration,
     finite,
+    plain_name,
     read_measurements,
     read_recipe,
     run_of,
@@ -57,7 +58,10 @@ def model_card(folder: Path, *, name: str | None = None, license: str = "apache-
     config = read_json(folder / "config.json")
     measured = read_measurements(folder)
     if not measured.figures:
-        raise ValueError(f"{folder} has no measurements in eval/: run `stagewise evaluate {folder}` first")
+        raise ValueError(
+            f"{folder} has no measurements in eval/, and a card tells only what was measured: run "
+            f"`stagewise evaluate {folder} --json {folder / 'eval' / 'evaluation.json'}` first"
+        )
     run = run_of(folder)
     recipe = read_recipe(folder / "recipe.yaml") or (read_recipe(run / "recipe.yaml") if run else {})
     title = (name or str(recipe.get("name") or folder.resolve().name)).rpartition("/")[2]
@@ -373,9 +377,9 @@ def limitations(config: dict[str, Any], m: Measurements) -> list[str]:
         )
     if finite(f.get("tokens")):
         lines.append(
-            f"All figures are from {int(f['tokens']):,} tokens of one kind of text"
-            + (f" ({m.setting['validation text']})" if "validation text" in m.setting else "")
-            + "; other text, other languages and downstream tasks were not measured."
+            f"All figures are from {int(f['tokens']):,} tokens"
+            + (f" of {m.setting['validation text']}" if "validation text" in m.setting else "")
+            + "; they say nothing about other text, other languages or downstream tasks."
         )
     if config.get("max_position_embeddings"):
         lines.append(f"The context ends at {config['max_position_embeddings']:,} tokens.")
@@ -385,7 +389,9 @@ def limitations(config: dict[str, Any], m: Measurements) -> list[str]:
         lines.append("No early exit, prefixes or self-speculation: intermediate layers were never trained to predict.")
     worst = max((f.get("expected_calibration_error") or {}).items(), key=lambda pair: pair[1], default=None)
     if worst and worst[1] > 0.05:
-        lines.append(f"Its confidence is off by {100 * worst[1]:.1f} percentage points on average ({worst[0]}).")
+        lines.append(
+            f"Its confidence is off by {100 * worst[1]:.1f} percentage points on average ({plain_name(worst[0])})."
+        )
     return lines
 
 

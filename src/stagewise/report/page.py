@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from stagewise.hub.measurements import plain_name
 from stagewise.report import plots
 from stagewise.report.content import Content, Sample, finite
 from stagewise.report.plots import PRODUCT_COLOUR, Series, stage_colour
@@ -409,12 +410,6 @@ def _agreement(c: Content) -> str:
             "; e" if about else "E"
         ) + "xpected calibration error: how far confidence is from accuracy, on average"
     return section("Agreement and confidence", body, about + ".")
-
-
-def plain_name(name: str) -> str:
-    """A predictor's name for readers: stage_0 -> expert 0, prefix_2 -> product of 2."""
-    kind, _, rest = name.partition("_")
-    return {"stage": f"expert {rest}", "prefix": f"product of {rest}"}.get(kind, name.replace("_", " "))
 
 
 def _probes(c: Content) -> str:
