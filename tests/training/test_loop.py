@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from stagewise.recipe import Recipe
 from stagewise.training import checkpoint as checkpoint_module
 from stagewise.training.checkpoint import checkpoints, prune, read_state, write_folder
 from stagewise.training.guard import LossGuard
+from stagewise.training.loop import Trainer
 from stagewise.training.metrics import Metrics, read_metrics
 from stagewise.training.run import build_trainer, run_tokenizer, train_recipe
 
@@ -115,54 +117,41 @@ def test_stopping_half_way_and_resuming_changes_no_bit(corpus, tokenizer_folder,
     assert all(torch.equal(a.optimizer[name], b.optimizer[name]) for name in a.optimizer | b.optimizer)
 
 
-def run_command(recipe_file: Path, out: Path, *extra: str, patch: str = "") -> subprocess.Popen:
-    code = f"{patch}\nimport sys\nfrom stagewise.training.commands import train\n"
-    code += "train(sys.argv[1], out=__import__('pathlib').Path(sys.argv[2]), resume='--resume' in sys.argv)"
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(recipe_file), str(out), *extra],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
+def in_a_process_that_kills_itself(recipe: Recipe, run: Path, resume: bool, arm) -> None:
+    """Train in a forked process after `arm()` planted a kill -9 in it; the process must have died of that."""
+
+    def main() -> None:
+        arm()
+        train_recipe(recipe, run, resume=resume, quiet=True)
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def die(*_arguments) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_step_five() -> None:
+    step = Trainer.train_step
+    Trainer.train_step = lambda self: die() if self.step == 4 else step(self)
+
+
+def die_while_writing_a_checkpoint() -> None:
+    checkpoint_module.save_file = die
 
 
 def test_kill_minus_nine_between_and_during_checkpoints_then_resume_changes_no_bit(corpus, tokenizer_folder, tmp_path):
     recipe = make_recipe(corpus, tokenizer_folder)
-    torch.set_num_threads(1)
     whole = train_recipe(recipe, tmp_path / "whole", quiet=True)
-    recipe_file = tmp_path / "tiny.yaml"
-    recipe_file.write_text(recipe.to_yaml(), encoding="utf-8")
     run = tmp_path / "killed"
-    die_at = """
-import os, signal
-import torch; torch.set_num_threads(1)
-from stagewise.training import loop, checkpoint
-step = loop.Trainer.train_step
-def until(self):
-    if self.step == 4: os.kill(os.getpid(), signal.SIGKILL)
-    return step(self)
-loop.Trainer.train_step = until
-"""
-    process = run_command(recipe_file, run, patch=die_at)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == -signal.SIGKILL, output
+    in_a_process_that_kills_itself(recipe, run, False, die_in_step_five)
     assert [folder.name for folder in checkpoints(run)] == ["step-000003"]
-    die_writing = """
-import os, signal
-import torch; torch.set_num_threads(1)
-from stagewise.training import checkpoint
-def dies(*arguments): os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_file = dies
-"""
-    process = run_command(recipe_file, run, "--resume", patch=die_writing)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == -signal.SIGKILL, output
+    in_a_process_that_kills_itself(recipe, run, True, die_while_writing_a_checkpoint)
     assert [folder.name for folder in checkpoints(run)] == ["step-000003"]
-    assert list((run / "checkpoints").glob(".step-*")), (
-        "the half-written checkpoint should lie there under its hidden name"
-    )
+    assert list((run / "checkpoints").glob(".step-*")), "the half-written checkpoint lies there under its hidden name"
     resumed = train_recipe(recipe, run, resume=True, quiet=True)
     assert_same_weights(whole.model, resumed.model)
     assert not list((run / "checkpoints").glob(".step-*"))
@@ -172,7 +161,14 @@ checkpoint.save_file = dies
 def test_sigterm_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(corpus, tokenizer_folder, tmp_path):
     recipe_file = tmp_path / "tiny.yaml"
     recipe_file.write_text(make_recipe(corpus, tokenizer_folder, steps=100_000, checkpoint_every=0).to_yaml())
-    process = run_command(recipe_file, tmp_path / "run")
+    code = "import sys; from pathlib import Path; from stagewise.training.commands import train\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + "train(sys.argv[1], out=Path(sys.argv[2]))", recipe_file, tmp_path / "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.time() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.time() < deadline:
