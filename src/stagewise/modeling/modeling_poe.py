@@ -3,13 +3,14 @@
 Design choices:
 - `run_stage` is the only forward pass. Training, transformers' `generate`, decoding and calibration all call it.
 - Parameter names are those of the released checkpoints.
-- A *path* is a walk through the stages: "base", the model's own "specialist", or an attached one. Paths share the base's
-  tensors; what a specialist changed (embedding rows, lambdas) is its overlay and never touches the base.
+- A *path* is a walk through the stages: "base", the model's own "specialist", or an attached one. Paths share the
+  base's tensors; what a specialist changed (embedding rows, lambdas) is its overlay and never touches the base.
 - Every load goes through `cascade`, which refuses missing, unexpected and misshapen tensors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
@@ -74,8 +75,21 @@ class Path:
         return source.resid_lambdas, source.x0_lambdas
 
     def overlay_key(self) -> str:
-        """Equal for two paths exactly when their frozen layers compute the same function: K/V may be shared then."""
-        return "base" if self.overlay is None else self.name
+        """Equal for two paths exactly when their frozen layers compute the same function: K/V may be shared then.
+
+        What they compute follows from the base and from the overlay's content: changed embedding rows, changed lambdas
+        of frozen layers, and the windows where those were recomputed.
+        """
+        overlay, layers = self.overlay, self.config.base_layers
+        digest = hashlib.sha256(str(self.config.layer_windows[:layers]).encode())
+        if overlay is not None:
+            parts = [overlay.wte_ids, overlay.wte_rows]
+            if self.config.overlay_lambdas:
+                parts += [overlay.resid_lambdas[:layers], overlay.x0_lambdas[:layers]]
+            for part in parts:
+                if part.numel():
+                    digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
@@ -126,6 +140,7 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             self.paths["specialist"] = Path(
                 "specialist", config, self, self.transformer["h"][config.base_layers :], heads
             )
+        self.branches: dict[str, nn.Module] = {}  # attached specialists, see `branches`; not part of this module
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.is_packed = False  # see `packed`
         self.folded_heads: dict[tuple, PackedWeight] = {}  # sums of heads, kept while the model is packed
@@ -385,6 +400,25 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
         x = self.final_state(hidden, tap, path)
         return self._logits(x, ("path", path, head_mode or "dual"), self.path_heads(path, head_mode))
 
+    # -- attached specialists (see `branches`)
+
+    def attach(self, name: str, source, revision: str | None = None, **hub) -> nn.Module:
+        """Attach the specialist at `source` (folder or repository) under `name`: from now on a path of its own.
+
+        The base is shared, not copied, and its own modes stay as they are; `forward(path=name)`,
+        `Strategy(path=name)` and `FrontierCache(paths=...)` choose the specialist. Raises ValueError for a taken name
+        and for a specialist of another base.
+        """
+        from .branches import attach
+
+        return attach(self, name, source, revision, **hub)
+
+    def detach(self, name: str) -> None:
+        """Forget the attached specialist `name`."""
+        from .branches import detach
+
+        detach(self, name)
+
     # -- packing (see `packed`)
 
     def train(self, mode: bool = True) -> PoEForCausalLM:
@@ -396,6 +430,8 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
     def _apply(self, fn, recurse=True):
         if self.is_packed:
             unpack(self)
+        for branch in self.branches.values():
+            branch._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     # -- what transformers and Trainer call
