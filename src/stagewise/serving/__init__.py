@@ -1,0 +1,1 @@
+"""Answering requests: text in, text out, in any mode."""
