@@ -51,3 +51,9 @@ def statistics_of():
         )
 
     return build
+
+
+@pytest.fixture
+def small_model_folder():
+    """Write a small random model with a tokenizer of 320 tokens into a folder."""
+    return evaluation_fixtures().write_model

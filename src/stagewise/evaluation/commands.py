@@ -2,100 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-def load_pair(path: str, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
-    """A model and its tokenizer, ready to evaluate; on the accelerator where there is one."""
-    import torch
-
-    from stagewise.modeling import load, load_tokenizer
-
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(path, dtype=dtype, device=place).eval()
-    return model, load_tokenizer(path)
-
-
-@contextmanager
-def progress_bar(title: str, total: int | None):
-    """A rich progress bar; yields a function that takes the number done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """A result as JSON, under a temporary name first."""
-    from stagewise.evaluation.provenance import write_json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-
-
-def evaluate_models(
-    models: list[str],
-    data: list[str] | None = None,
-    tokens: int = 262_144,
-    *,
-    seed: int = 0,
-    resamples: int = 1000,
-    context: int | None = None,
-    batch_tokens: int = 8192,
-    dtype: str | None = None,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Measure models on the same documents: what `stagewise evaluate` writes as JSON.
-
-    `tokens` are counted by the first model's tokenizer, the last document whole. Returns `models` (a report each),
-    `difference` (of the second from the first, when there are two), `data` (manifest), `setting` and provenance.
-    """
-    from stagewise.evaluation.provenance import provenance
-    from stagewise.evaluation.rows import manifest, take_documents
-    from stagewise.evaluation.sources import evaluation_texts
-    from stagewise.evaluation.suite import difference, measure
-
-    if not models:
-        raise ValueError("name at least one model")
-    if tokens < 1:
-        raise ValueError(f"tokens={tokens} must be at least 1")
-    source = evaluation_texts(data, models[0])
-    texts: list[str] = []
-    reports, measurements = [], []
-    for number, path in enumerate(models):
-        model, tokenizer = load_pair(path, dtype, device)
-        if number == 0:
-            texts, documents = take_documents(source.documents, tokenizer.encode_ordinary, tokens)
-        else:
-            documents = [tokenizer.encode_ordinary(text) for text in texts]
-        total = sum(map(len, documents))
-        with progress_bar(f"evaluating {path}", total) as progress:
-            measurement = measure(
-                model,
-                documents,
-                tokenizer.token_byte_lengths,
-                tokenizer.bos_token_id,
-                context=context,
-                batch_tokens=batch_tokens,
-                progress=progress,
-            )
-        measurements.append(measurement)
-        reports.append({"model": path, **measurement.report(resamples, seed)})
-        reports[-1]["context"] = context or model.config.max_position_embeddings
-        reports[-1]["dtype"] = str(model.dtype).removeprefix("torch.")
-        del model
-    result: dict[str, Any] = {"kind": "evaluation", "models": reports}
-    if len(models) == 2:
-        result["difference"] = difference(*measurements, resamples, seed)
-    result["data"] = manifest(source.name, texts)
-    result["setting"] = {"resamples": resamples, "confidence": 0.95, "tokens_asked": tokens, "unit": "document"}
-    return {**result, **provenance(seed)}
 
 
 def evaluate(
@@ -109,6 +19,11 @@ def evaluate(
     batch_tokens: int = 8192,
     dtype: Dtype | None = None,
     device: str | None = None,
+    tasks: list[str] | None = None,
+    task_folder: Path | None = None,
+    mode: str = "full",
+    depth: int | None = None,
+    limit: int | None = None,
 ) -> None:
     """Measure bits per byte and accuracy of every stage, prefix product and the final path; two models are compared.
 
@@ -135,11 +50,28 @@ def evaluate(
         Weight type to load; default: as stored.
     device
         Where to run; default: the accelerator where there is one.
+    tasks
+        Tasks of lm-evaluation-harness to run instead of measuring text; core stands for nanochat's CORE list.
+    task_folder
+        Folder of local task files: only these are known, nothing is fetched.
+    mode
+        Mode the tasks run in: full, final, prefix, stage, wand, wand-verified or speculative.
+    depth
+        Number of stages of a prefix, or index of a single stage.
+    limit
+        Examples a task, for a trial.
 
     Example: stagewise evaluate runs/lab/model runs/baseline/model --tokens 500000 --json compared.json
     """
+    from stagewise.evaluation.provenance import write_json
+    from stagewise.evaluation.suite import evaluate_models
     from stagewise.evaluation.tables import show_difference, show_evaluation
 
+    if tasks:
+        result = evaluate_on_tasks(list(models), tasks, task_folder, mode, depth, limit, seed, dtype, device)
+        if json is not None:
+            write_json(json, result)
+        return
     result = evaluate_models(
         list(models),
         data,
@@ -157,7 +89,99 @@ def evaluate(
     if "difference" in result:
         show_difference(result["difference"], *models)
     if json is not None:
-        write_result(json, result)
+        write_json(json, result)
+
+
+def evaluate_on_tasks(
+    models: list[str],
+    tasks: list[str],
+    task_folder: Path | None = None,
+    mode: str = "full",
+    depth: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Run lm-eval tasks on models in one mode, print their tables: what `stagewise evaluate --tasks` writes."""
+    from stagewise.evaluation.harness import CORE_TASKS, evaluate_tasks, lm_class
+    from stagewise.evaluation.provenance import provenance
+    from stagewise.evaluation.tables import show
+
+    if "core" in tasks:
+        absent = [name for name, task, _ in CORE_TASKS if task is None]
+        print(f"not in lm-eval, so not run: {', '.join(absent)}")
+    reports = []
+    for path in models:
+        lm = lm_class()(pretrained=path, mode=mode, depth=depth, dtype=dtype, device=device)
+        found = evaluate_tasks(lm, tasks, task_folder=task_folder, limit=limit, seed=seed)
+        reports.append({"model": path, "mode": mode, "depth": depth, **found})
+        rows = [
+            (task, name.partition(",")[0], value, values.get(f"{name.partition(',')[0]}_stderr,none"))
+            for task, values in found["results"].items()
+            for name, value in values.items()
+            if isinstance(value, float) and "stderr" not in name
+        ]
+        show(f"{path}, mode {mode}{'' if depth is None else f' {depth}'}", ("task", "metric", "value", "stderr"), rows)
+    setting = {"tasks": tasks, "limit": limit, "mode": mode, "depth": depth}
+    return {"kind": "tasks", "models": reports, "setting": setting, **provenance(seed)}
+
+
+def probe(
+    *models: str,
+    prompts: Path | None = None,
+    modes: list[str] | None = None,
+    max_new_tokens: int = 60,
+    draft_stage: int = 0,
+    json: Path | None = None,
+    dtype: Dtype | None = None,
+    device: str | None = None,
+) -> None:
+    """Run a set of prompts through every mode of a model, or through several checkpoints side by side.
+
+    Parameters
+    ----------
+    models
+        Model folders or repositories; more than one gives a grid of texts by checkpoint.
+    prompts
+        File of prompts: lines of text, an optional target after a tab, or .jsonl with prompt and target; default: the
+        seven prompts of the 3B card.
+    modes
+        Modes in short form, such as full, prefix:2, stage:0, wand, wand-verified, speculative:4; default: all the model
+        has.
+    max_new_tokens
+        Tokens a text has at most.
+    draft_stage
+        Stage that drafts in speculative modes.
+    json
+        File for the texts, ranks and rates.
+    dtype
+        Weight type to load; default: as stored.
+    device
+        Where to run; default: the accelerator where there is one.
+
+    Example: stagewise probe runs/lab/model --modes full prefix:1 --max-new-tokens 40
+    """
+    from stagewise.evaluation.loading import load_pair
+    from stagewise.evaluation.probes import SEVEN_PROMPTS, read_probes, run_probes
+    from stagewise.evaluation.provenance import provenance, write_json
+    from stagewise.evaluation.tables import show_probe_grid, show_probes
+
+    if not models:
+        raise ValueError("name at least one model")
+    probes = SEVEN_PROMPTS if prompts is None else read_probes(prompts)
+    reports = []
+    for path in models:
+        model, tokenizer = load_pair(path, dtype, device)
+        found = run_probes(
+            model, tokenizer, probes, modes=modes, max_new_tokens=max_new_tokens, draft_stage=draft_stage
+        )
+        reports.append({"model": path, **found})
+        show_probes(reports[-1])
+    if len(reports) > 1:
+        show_probe_grid(reports)
+    if json is not None:
+        write_json(json, {"kind": "probes", "models": reports, **provenance()})
 
 
 def inspect(
@@ -196,7 +220,8 @@ def inspect(
     Example: stagewise inspect poe-3b --context 2048
     """
     from stagewise.evaluation.inspection import inspect_config, preset_config
-    from stagewise.evaluation.provenance import provenance
+    from stagewise.evaluation.loading import load_pair
+    from stagewise.evaluation.provenance import provenance, write_json
     from stagewise.evaluation.tables import show_beta_sweep, show_costs, show_heads
 
     config = None if Path(model).exists() else preset_config(model)
@@ -214,7 +239,7 @@ def inspect(
         if "beta_sweep" in result:
             show_beta_sweep(result["beta_sweep"])
     if json is not None:
-        write_result(json, {"kind": "inspection", "model": model, **result, **provenance()})
+        write_json(json, {"kind": "inspection", "model": model, **result, **provenance()})
 
 
 def inspect_weights(

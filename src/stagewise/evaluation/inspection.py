@@ -50,7 +50,7 @@ def meta_model(config: PoEConfig) -> PoEForCausalLM:
         return PoEForCausalLM(config)
 
 
-def parameter_parts(model: torch.nn.Module) -> dict[str, int]:
+def parameter_parts(model: PoEForCausalLM) -> dict[str, int]:
     """Parameters by part: embedding, layer_{i}, value_embedding_{i}, head_shared, head_{k}, head_specialist_{j},
     scalars.
 

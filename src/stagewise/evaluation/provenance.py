@@ -84,7 +84,11 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name beside `path`, then rename: a killed process leaves the old file."""
+    """Write JSON under a temporary name beside `path`, then rename: a killed process leaves the old file.
+
+    Missing folders are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

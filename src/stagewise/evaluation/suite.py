@@ -27,7 +27,10 @@ from stagewise.evaluation.bpb import (
     score_tokens,
 )
 from stagewise.evaluation.intervals import interval, resampled_ratios
-from stagewise.evaluation.rows import document_batches
+from stagewise.evaluation.loading import load_pair, progress_bar
+from stagewise.evaluation.provenance import provenance
+from stagewise.evaluation.rows import document_batches, manifest, take_documents
+from stagewise.evaluation.sources import evaluation_texts
 
 
 @dataclass
@@ -155,3 +158,57 @@ def difference(first: Measurement, second: Measurement, resamples: int, seed: in
         paired = interval(samples[1][b] - samples[0][a])
         result[f"default_output_{kind}"] = {"difference": values[1][b] - values[0][a], "interval": list(paired)}
     return result
+
+
+def evaluate_models(
+    models: list[str],
+    data: list[str] | None = None,
+    tokens: int = 262_144,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    context: int | None = None,
+    batch_tokens: int = 8192,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Measure models on the same documents: what `stagewise evaluate` writes as JSON.
+
+    `tokens` are counted by the first model's tokenizer, the last document whole. Returns `models` (a report each),
+    `difference` (of the second from the first, when there are two), `data` (manifest), `setting` and provenance.
+    """
+    if not models:
+        raise ValueError("name at least one model")
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens} must be at least 1")
+    source = evaluation_texts(data, models[0])
+    texts: list[str] = []
+    reports, measurements = [], []
+    for number, path in enumerate(models):
+        model, tokenizer = load_pair(path, dtype, device)
+        if number == 0:
+            texts, documents = take_documents(source.documents, tokenizer.encode_ordinary, tokens)
+        else:
+            documents = [tokenizer.encode_ordinary(text) for text in texts]
+        total = sum(map(len, documents))
+        with progress_bar(f"evaluating {path}", total) as progress:
+            measurement = measure(
+                model,
+                documents,
+                tokenizer.token_byte_lengths,
+                tokenizer.bos_token_id,
+                context=context,
+                batch_tokens=batch_tokens,
+                progress=progress,
+            )
+        measurements.append(measurement)
+        reports.append({"model": path, **measurement.report(resamples, seed)})
+        reports[-1]["context"] = context or model.config.max_position_embeddings
+        reports[-1]["dtype"] = str(model.dtype).removeprefix("torch.")
+        del model
+    result: dict[str, Any] = {"kind": "evaluation", "models": reports}
+    if len(models) == 2:
+        result["difference"] = difference(measurements[0], measurements[1], resamples, seed)
+    result["data"] = manifest(source.name, texts)
+    result["setting"] = {"resamples": resamples, "confidence": 0.95, "tokens_asked": tokens, "unit": "document"}
+    return {**result, **provenance(seed)}

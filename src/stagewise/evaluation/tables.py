@@ -132,9 +132,9 @@ def show_costs(report: Mapping[str, Any], name: str) -> None:
     memory = report["memory"]
     for place, free in memory["free"].items():
         verdict = "fits" if memory["fits"][place] else "does not fit"
-        rows = f"KV of {memory['batch']} x {report['context']:,} tokens {size(memory['kv'])}"
+        kv = f"KV of {memory['batch']} x {report['context']:,} tokens {size(memory['kv'])}"
         weights = f"weights {size(memory['weights'])} + folded heads {size(memory['folded_heads'])}"
-        print(f"{place}: {verdict}: {weights} + {rows} = {size(memory['needed'])}; free {size(free)}")
+        print(f"{place}: {verdict}: {weights} + {kv} = {size(memory['needed'])}; free {size(free)}")
 
 
 def show_heads(report: Mapping[str, Any]) -> None:
@@ -163,3 +163,31 @@ def show_beta_sweep(report: Mapping[str, Any]) -> None:
     rows = [(f"all heads x {e['beta']:g}", e["product_bpb"], f"{e['difference']:+.4f}") for e in report["all"]]
     rows += [(f"without head {e['stage']}", e["product_bpb"], f"{e['difference']:+.4f}") for e in report["without"]]
     show("product of all experts with scaled heads", ("heads", "bits per byte", "difference"), rows)
+
+
+def show_probes(report: Mapping[str, Any]) -> None:
+    """Texts of one model by prompt and mode, ranks and rates."""
+    for row in report["probes"]:
+        ranks = row.get("ranks", {})
+        rank = ", ".join(f"{name} {value}" for name, value in ranks.items())
+        title = f"{row['prompt']!r}" + (f": rank of {row['target_token']!r}: {rank}" if ranks else "")
+        texts = [(mode, repr(found["text"]), found["looped"]) for mode, found in row["texts"].items()]
+        show(title, ("mode", "greedy text", "loops"), texts)
+    summary = report["summary"]
+    rows = [(mode, rate, summary["mean_depth"][mode]) for mode, rate in summary["loop_rate"].items()]
+    show(f"{report['model']}: {len(report['probes'])} prompts", ("mode", "loop rate", "mean stages"), rows)
+    ranks = summary["ranks"]
+    if "wins" in ranks:
+        print(
+            f"mean target rank: product {ranks['mean_rank_product']:.1f}, shared head alone "
+            f"{ranks['mean_rank_final_path']:.1f}; wins/ties/losses {ranks['wins']}/{ranks['ties']}/{ranks['losses']}"
+        )
+
+
+def show_probe_grid(reports: Sequence[Mapping[str, Any]]) -> None:
+    """Texts of several checkpoints by prompt, in their first mode."""
+    from stagewise.evaluation.probes import grid
+
+    mode = reports[0]["modes"][0]
+    names = [str(report["model"]) for report in reports]
+    show(f"greedy text, mode {mode}", ("prompt", *names), [tuple(row) for row in grid(list(reports), mode)])
