@@ -220,6 +220,23 @@ def test_a_folder_is_refused_when_it_holds_something_else(sources, tmp_path, byt
         open_training_data(recipe, tokenizer, 32, 0)
 
 
+def test_a_prepared_validation_set_is_measured_on_and_never_trained_on(sources, tmp_path, byte_tokenizer_class):
+    from dataclasses import replace
+
+    out, tokenizer = tmp_path / "out", byte_tokenizer_class()
+    web, books = sources[0], replace(sources[1], validation_only=True)
+    report = prepare_shards([web, books], out, byte_tokenizer_class, progress=False)
+    assert [row["target_share"] for row in report["sources"]] == [1.0, None]
+    for recipe in (
+        SimpleNamespace(sources=[], shards=out),
+        SimpleNamespace(sources=[web], validation_sources=[sources[1]], shards=out),
+    ):
+        data = open_training_data(recipe, tokenizer, 32, 0)
+        assert data.validation_names == ["web", "books"]
+        assert len(list(data.validation_documents("books"))) == 60
+        assert [source["name"] for source in data.manifest["sources"]] == ["web"]
+
+
 def test_an_empty_source_is_named(tmp_path, byte_tokenizer_class):
     (tmp_path / "a.jsonl").write_text('{"text": "  "}\n')
     spec = SourceSpec("a", kind="jsonl", path=str(tmp_path / "a.jsonl"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -99,10 +100,12 @@ def _specs(sources: tuple[str, ...], text_key: str, changes: list[str]) -> tuple
         found = [*recipe.data.sources, *recipe.data.validation_sources]
         if not found:
             raise ValueError(f"recipe {first} has no data sources")
-        return [SourceSpec.of(source) for source in found], recipe.tokenizer.path
+        held_out = {source.name for source in recipe.data.validation_sources}
+        specs = [replace(SourceSpec.of(source), validation_only=source.name in held_out) for source in found]
+        return specs, recipe.tokenizer.path
     if changes:
         raise ValueError("--set changes a recipe, and none was named")
-    specs: list[SourceSpec] = []
+    specs = []
     for number, source in enumerate(sources):
         name = Path(source).name or source
         if any(spec.name == name for spec in specs):
@@ -153,7 +156,7 @@ def print_report(report: dict) -> None:
     for name in columns:
         table.add_column(name, justify="right")
     for row in [*report["sources"], {"name": "total", **report["total"]}]:
-        percent = [f"{row[key]:.1%}" if key in row else "" for key in ("share", "target_share")]
+        percent = [f"{row[key]:.1%}" if row.get(key) is not None else "" for key in ("share", "target_share")]
         epochs = row.get("epochs_per_total")
         table.add_row(
             row["name"],

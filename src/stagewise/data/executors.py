@@ -117,6 +117,17 @@ def finish_task(data: Any, rank: int, world_size: int, *, out: str) -> None:
     prepare.finish(out)
 
 
+def _check_stage(name: str, plan: dict, out: Path) -> None:
+    """RuntimeError when a stage left work undone (an executor may only log what failed)."""
+    left = {
+        "signatures": lambda: prepare.signature_units(plan, out),
+        "tokens": lambda: prepare.token_units(plan, out),
+        "manifest": lambda: [] if (out / "report.json").exists() else [0],
+    }.get(name, list)()
+    if left:
+        raise RuntimeError(f"{len(left)} tasks of stage {name} failed; why is in {out}/logs/{name}/logs")
+
+
 def run_datatrove(
     plan: dict, out: Path, load_tokenizer: Callable[[], Any], executor: str, workers: int, options: dict
 ) -> dict | None:
@@ -171,6 +182,7 @@ def run_datatrove(
             raise ValueError(f"executor option: {error}") from None
         if executor != "slurm":
             stage.run()
+            _check_stage(name, plan, out)
         previous = stage
     if executor == "slurm":
         previous.run()  # type: ignore[union-attr]  # launches what it depends on first

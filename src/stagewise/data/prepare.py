@@ -250,10 +250,11 @@ _COUNTS = ("documents", "tokens", "bytes", "duplicates", "skipped")
 def share_report(sources: list[dict]) -> dict:
     """Documents, tokens and bytes of each source, its share of all tokens, its target share of training tokens, and how
     often it comes round while the training reads as many tokens as all sources hold."""
-    targets = target_shares(sources)
+    targets = iter(target_shares([source for source in sources if not source.get("validation_only")]))
     total = {key: sum(source.get(key, 0) for source in sources) for key in _COUNTS}
     rows = []
-    for source, target in zip(sources, targets, strict=True):
+    for source in sources:
+        target = None if source.get("validation_only") else next(targets)
         share = source["tokens"] / max(1, total["tokens"])
         rows.append({
             "name": source["name"],
@@ -261,13 +262,18 @@ def share_report(sources: list[dict]) -> dict:
             **{key: source.get(key, 0) for key in _COUNTS},
             "share": share,
             "target_share": target,
-            "epochs_per_total": target / share if share else None,
+            "epochs_per_total": target / share if share and target else None,
         })  # fmt: skip
     return {"sources": rows, "total": total}
 
 
 def target_shares(sources: list[dict]) -> list[float]:
-    """Target shares that sum to 1; sources without one take theirs by size when none has one, else their mean."""
+    """Target shares that sum to 1 (none for no sources).
+
+    Sources without one take theirs by size when none has one, else the mean of the others.
+    """
+    if not sources:
+        return []
     given = [source.get("share") for source in sources]
     if all(share is None for share in given):
         given = [source["tokens"] for source in sources]

@@ -33,7 +33,8 @@ SMALLEST_UNIT, LARGEST_UNIT = 1 << 20, 256 << 20  # bytes
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One source of a mixture. `share` is its target share of the training tokens (None: by its size)."""
+    """One source of a mixture. `share` is its target share of the training tokens (None: by its size); a
+    `validation_only` source is measured on under its name and never trained on."""
 
     name: str
     kind: str = "text"
@@ -45,6 +46,7 @@ class SourceSpec:
     revision: str | None = None
     share: float | None = 1.0
     train_only: bool = False
+    validation_only: bool = False
     separator: str | None = None
     limit: int | None = None
 

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +265,11 @@ def _encoded_source(spec: SourceSpec, tokenizer: Any, cache_dir: str | Path | No
     return TokenSource(spec, [shard], facts)
 
 
-def _prepared_sources(folder: str | Path, specs: list[SourceSpec], tokenizer: Any) -> list[TokenSource]:
-    """Sources of a folder written by `stagewise data prepare`, at the shares of `specs` where these name them."""
+def _prepared_sources(
+    folder: str | Path, specs: list[SourceSpec], held_out: list[SourceSpec], tokenizer: Any
+) -> list[TokenSource]:
+    """Sources of a folder written by `stagewise data prepare`: those of `specs`, at the shares given there, and the
+    ones of `held_out` that were prepared too; without `specs` all there are."""
     folder = Path(folder)
     if not (folder / "manifest.json").exists():
         what = (
@@ -284,10 +287,14 @@ def _prepared_sources(folder: str | Path, specs: list[SourceSpec], tokenizer: An
     if missing:
         raise ValueError(f"{folder} has no source {', '.join(missing)}; it has: {', '.join(stored)}")
     sources = []
-    names = {spec.name: spec for spec in specs} or {
-        name: SourceSpec.of({key: source[key] for key in SourceSpec.__dataclass_fields__})
-        for name, source in stored.items()
-    }
+    names = (
+        {spec.name: spec for spec in [*specs, *held_out] if spec.name in stored}
+        if specs
+        else {
+            name: SourceSpec.of({key: source[key] for key in SourceSpec.__dataclass_fields__})
+            for name, source in stored.items()
+        }
+    )
     for name, spec in names.items():
         source = stored[name]
         shards = [Shard.open(folder / shard, np.dtype(manifest["dtype"])) for shard in source["shards"]]
@@ -316,16 +323,23 @@ def open_training_data(
     `shards` (a prepared folder). Errors: ValueError or FileNotFoundError naming the source.
     """
     specs = [SourceSpec.of(source) for source in getattr(data_recipe, "sources", None) or []]
-    held_out = [SourceSpec.of(source) for source in getattr(data_recipe, "validation_sources", None) or []]
+    held_out = [
+        replace(SourceSpec.of(source), validation_only=True)
+        for source in getattr(data_recipe, "validation_sources", None) or []
+    ]
     shards = getattr(data_recipe, "shards", None)
     threads = threads or os.cpu_count() or 1
+    prepared: list[TokenSource] = []
     if shards:
-        sources = _prepared_sources(shards, specs, tokenizer)
+        prepared = _prepared_sources(shards, specs, held_out, tokenizer)
+        sources = [source for source in prepared if not source.spec.validation_only]
     elif specs:
         sources = [_encoded_source(spec, tokenizer, cache_dir, threads) for spec in specs]
     else:
         raise ValueError("data.sources is empty: name at least one source, or a prepared folder in data.shards")
-    sets = [_encoded_source(spec, tokenizer, cache_dir, threads) for spec in held_out]
+    sets = [source for source in prepared if source.spec.validation_only]
+    known = {source.spec.name for source in sets}
+    sets += [_encoded_source(spec, tokenizer, cache_dir, threads) for spec in held_out if spec.name not in known]
     return TrainingData(
         sources,
         sets,
