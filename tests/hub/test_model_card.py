@@ -32,7 +32,10 @@ FIGURES = {
 }
 CALIBRATION = {
     "tokens": 131072,
-    "exits": {"safety": 1.0, "exit_shares": [0.613, 0.211, 0.176], "disagreement": 0.0123},
+    "exits": [
+        {"safety": 0.5, "exit_shares": [0.713, 0.161, 0.126], "disagreement": 0.0345},
+        {"safety": 1.0, "exit_shares": [0.613, 0.211, 0.176], "disagreement": 0.0123},
+    ],
     "routing": [{"cap": 0.02, "rate_over": "all", "routed_share": 0.6543, "projected_speedup": 1.4712}],
     "speculation": {"text": "greedy continuations", "rows": [{"draft_stage": 0, "k_draft": 3, "acceptance": 0.8765}]},
 }
@@ -48,7 +51,7 @@ def evaluated(checkpoint, tmp_path):
 
 
 def calibrate(folder):
-    (folder / "eval" / "calibration.json").write_text(json.dumps(CALIBRATION))
+    (folder / "calibration.json").write_text(json.dumps(CALIBRATION))
     config = json.loads((folder / "config.json").read_text())
     config["poe_wand_p99_bounds_per_stage_head"] = [0.5123, 0.2345]
     (folder / "config.json").write_text(json.dumps(config))

@@ -68,7 +68,10 @@ def test_measurements_are_found_under_any_file_name_and_the_newest_counts(tmp_pa
     }
     calibration = {
         "tokens": 131072,
-        "exits": {"safety": 1.0, "exit_shares": [0.75, 0.25], "disagreement": 0.0125},
+        "exits": [
+            {"safety": 0.5, "exit_shares": [0.85, 0.15], "disagreement": 0.05},
+            {"safety": 1.0, "exit_shares": [0.75, 0.25], "disagreement": 0.0125},
+        ],
         "routing": [{"cap": 0.02, "rate_over": "all", "routed_share": 0.6, "threshold": 1.0, "projected_speedup": 1.4}],
         "speculation": speculation,
         "provenance": {"hardware": {"processor": "A CPU", "cores": 2}, "commit": "abc", "created": "2026-01-01"},
@@ -80,11 +83,11 @@ def test_measurements_are_found_under_any_file_name_and_the_newest_counts(tmp_pa
         os.utime(path, (1e9 - age, 1e9 - age))
     content = gather(model)
     assert content.evaluation["product_bpb"] == 1.35 and content.bounds == [0.7]
-    assert content.exit_shares == [0.75, 0.25] and "1.25%" in content.exit_setting and "131,072" in content.exit_setting
+    assert content.exit_shares == [0.75, 0.25] and "131,072" in content.exit_setting and len(content.exits) == 2
     assert content.acceptance[0]["acceptance"] == 0.9 and content.routing[0]["routed_share"] == 0.6
     assert content.setting["hardware"] == "A CPU, 2 cores" and content.setting["commit"] == "abc"
     page = render(content)
-    for text in ("[1.3000, 1.4000]", "75.0%", "60.00%", "1.400x", "0.7000", "greedy continuations"):
+    for text in ("[1.3000, 1.4000]", "75.0%", "1.25%", "60.00%", "1.400x", "0.7000", "greedy continuations"):
         assert text in page
 
 

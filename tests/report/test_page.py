@@ -56,8 +56,10 @@ def full_content() -> Content:
                 "matrix": [[1.0, 0.8, 0.7], [0.8, 1.0, 0.9], [0.7, 0.9, 1.0]],
             },
         },
+        exits=[{"safety": 1.0, "exit_shares": [0.6, 0.25, 0.15], "disagreement": 0.0123}],
         exit_shares=[0.6, 0.25, 0.15],
-        exit_setting="WAND, safety 1.0, 2,048 tokens",
+        exit_setting="Shown for WAND at safety 1; 2,048 tokens of text.",
+        certificate={"epsilon": 0.05, "delta": 0.05, "n": 256, "loss": "text", "method": "walk"},
         acceptance=[
             {"draft_stage": s, "k_draft": m, "acceptance": 0.9 - 0.03 * m + 0.02 * s}
             for s in range(2)

@@ -18,7 +18,7 @@ from typing import Any
 from stagewise.hub.checkpoints import read_json, require_model
 from stagewise.hub.publish import check_release
 
-KEPT = ("README.md", "LICENSE", "NOTICE", "recipe.yaml", "elastic.json")
+KEPT = ("README.md", "LICENSE", "NOTICE", "recipe.yaml", "elastic.json", "calibration.json", "certificate.json")
 AUTO_MAP = {
     "AutoConfig": "configuration_poe.PoEConfig",
     "AutoModelForCausalLM": "modeling_poe.PoEForCausalLM",

@@ -1,7 +1,7 @@
 """What was measured about a model, read from its `eval/*.json` and config.json.
 
-- Measurements are found by what they hold (`stage_bpb`, `exit_shares`, `routed_share`, ...), wherever in the files they
-  lie: files may be renamed or merged without breaking cards and reports.
+- Files: `eval/*.json`, and `calibration.json` and `certificate.json` beside the weights. Measurements are found by what
+  they hold (`stage_bpb`, `exit_shares`, `routed_share`, ...), wherever in a file they lie.
 - When several files hold the same kind, the one written last counts.
 """
 
@@ -24,7 +24,8 @@ class Measurements:
 
     figures: dict[str, Any] = field(default_factory=dict)  # BPB, accuracy, intervals, agreement
     bounds: list[float] = field(default_factory=list)  # WAND, nats
-    exits: dict[str, Any] = field(default_factory=dict)  # exit_shares, safety, disagreement, tokens
+    exits: list[dict[str, Any]] = field(default_factory=list)  # per safety: exit_shares, safety, disagreement
+    exit_tokens: int | None = None
     routing: list[dict[str, Any]] = field(default_factory=list)  # one row per cap and reading of the rate
     acceptance: list[dict[str, Any]] = field(default_factory=list)  # draft_stage, k_draft, acceptance
     acceptance_text: str = ""
@@ -32,6 +33,11 @@ class Measurements:
     probes: list[dict[str, Any]] = field(default_factory=list)  # prompt, texts by mode
     setting: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+
+    @property
+    def usual_exits(self) -> dict[str, Any]:
+        """The exit shares at the safety nearest to 1, the usual one; empty when nothing was measured."""
+        return min(self.exits, key=lambda part: abs(part.get("safety", 1.0) - 1.0), default={})
 
 
 def finite(value: Any) -> bool:
@@ -62,7 +68,7 @@ def read_measurements(folder: Path) -> Measurements:
     if (folder / "config.json").is_file():
         found.bounds = read_json(folder / "config.json").get(BOUNDS) or []
     paths = measurement_files(folder)
-    extra = [folder / "certificate.json"] if (folder / "certificate.json").is_file() else []
+    extra = [folder / name for name in ("calibration.json", "certificate.json") if (folder / name).is_file()]
     for path in [*extra, *paths]:
         value = read_json(path)
         found.files.append(path.relative_to(folder).as_posix())
@@ -75,8 +81,6 @@ def _take(found: Measurements, value: dict[str, Any]) -> None:
     figures = next((part for part in walk(value) if is_figures(part)), None)  # a comparison tells its own model first
     found.figures = figures or found.figures
     for part in walk(value):
-        if "exit_shares" in part:
-            found.exits = {"tokens": value.get("tokens"), **part}
         if "epsilon" in part and "delta" in part:
             found.certificate = {k: v for k, v in part.items() if finite(v) or isinstance(v, str)}
         rows = part.get("rows")
@@ -86,6 +90,9 @@ def _take(found: Measurements, value: dict[str, Any]) -> None:
                 [str(part.get("text") or "text")]
                 + ([f"{part['tokens']:,} tokens"] if finite(part.get("tokens")) else [])
             )
+    exits = [part for part in walk(value) if "exit_shares" in part]
+    if exits:
+        found.exits, found.exit_tokens = exits, value.get("tokens")
     found.routing = [part for part in walk(value) if "routed_share" in part] or found.routing
     found.probes = list(_probes(value)) or found.probes
     found.setting |= _setting(value)

@@ -296,8 +296,17 @@ def _calibration(m: Measurements) -> str:
             "in nats):\n\n" + _table(["from expert", "bound"], rows)
         )
     if m.exits:
-        shares = ", ".join(f"expert {k}: {100 * share:.1f}%" for k, share in enumerate(m.exits["exit_shares"]))
-        body.append(f"Where tokens leave under WAND at safety {m.exits.get('safety', 1.0):g}: {shares}.")
+        rows = [
+            [f"{part.get('safety', 1.0):g}", *(f"{100 * share:.1f}%" for share in part["exit_shares"])]
+            + [f"{100 * part['disagreement']:.2f}%" if finite(part.get("disagreement")) else ""]
+            for part in m.exits
+        ]
+        experts = [f"expert {k}" for k in range(len(m.exits[0]["exit_shares"]))]
+        text = f" on {m.exit_tokens:,} tokens" if finite(m.exit_tokens) else ""
+        body.append(
+            f"Where tokens leave under WAND{text}, and how many of them differ from the full product's:\n\n"
+            + _table(["safety", *experts, "differ"], rows)
+        )
     if m.routing:
         rows = [
             [f"{r['cap']:g}", str(r.get("rate_over", "")), f"{100 * r['routed_share']:.2f}%"]
@@ -421,9 +430,9 @@ def _stage_limitations(config: dict[str, Any], m: Measurements) -> list[str]:
             lines.append(f"The last two experts name the same token {100 * share:.1f}% of the time: nearly redundant.")
     if not m.bounds:
         lines.append("No exit bounds were calibrated: `generate_wand` needs `p99_bounds` (`stagewise calibrate`).")
-    elif finite(m.exits.get("disagreement")):
+    elif finite(m.usual_exits.get("disagreement")):
         lines.append(
-            f"Plain WAND changes {100 * m.exits['disagreement']:.2f}% of the tokens; "
+            f"Plain WAND changes {100 * m.usual_exits['disagreement']:.2f}% of the tokens at its usual setting; "
             + ("the bounds come without a certificate." if not m.certificate else "see the certificate above.")
         )
     return lines

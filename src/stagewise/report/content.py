@@ -56,7 +56,8 @@ class Content:
     recipe: dict[str, Any] = field(default_factory=dict)
     curves: Curves | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)  # the figures of evaluate_bpb and what came with them
-    exit_shares: list[float] = field(default_factory=list)  # share of tokens emitted by each stage
+    exits: list[dict[str, Any]] = field(default_factory=list)  # per safety: exit_shares, disagreement
+    exit_shares: list[float] = field(default_factory=list)  # share of tokens emitted by each stage, at the usual safety
     exit_setting: str = ""
     acceptance: list[dict[str, Any]] = field(default_factory=list)  # draft_stage, k_draft, acceptance
     routing: list[dict[str, Any]] = field(default_factory=list)  # cap, share, threshold, speed-up

@@ -43,15 +43,12 @@ def _read_model(content: Content, model: Path) -> None:
     content.evaluation, content.bounds = measured.figures, measured.bounds
     content.routing, content.acceptance = measured.routing, measured.acceptance
     content.certificate, content.probes = measured.certificate, measured.probes
-    exits = measured.exits
-    if exits:
-        content.exit_shares = [float(share) for share in exits["exit_shares"]]
-        words = [f"WAND at safety {exits.get('safety', 1.0):g}"]
-        if finite(exits.get("tokens")):
-            words.append(f"{int(exits['tokens']):,} tokens of text")
-        if finite(exits.get("disagreement")):
-            words.append(f"differs from the full product on {100 * exits['disagreement']:.2f}% of them")
-        content.exit_setting = "; ".join(words) + "."
+    content.exits, usual = measured.exits, measured.usual_exits
+    if usual:
+        words = [f"Shown for WAND at safety {usual.get('safety', 1.0):g}"]
+        if finite(measured.exit_tokens):
+            words.append(f"{measured.exit_tokens:,} tokens of text")
+        content.exit_shares, content.exit_setting = usual["exit_shares"], "; ".join(words) + "."
     parameters = count_parameters(model)
     content.setting = ({"parameters": f"{parameters:,}"} if parameters else {}) | measured.setting
     if measured.acceptance_text:

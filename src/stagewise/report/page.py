@@ -22,6 +22,19 @@ from stagewise.report.plots import PRODUCT_COLOUR, Series, stage_colour
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
+CERTIFICATE = {
+    "epsilon": "disagreement promised at most",
+    "delta": "chance that the promise is wrong",
+    "loss": "what disagrees",
+    "safety": "safety factor certified",
+    "disagreement": "disagreement observed",
+    "n": "prompts",
+    "documents": "documents they come from",
+    "p_value": "p-value",
+    "mean_stages": "stages a token takes, mean",
+}
+
+
 def render(content: Content) -> str:
     """The whole page as a string."""
     parts = [
@@ -144,11 +157,12 @@ def _on_tokens(ev: dict[str, Any]) -> str:
 
 
 def _samples(c: Content) -> str:
+    rules = "".join(f" {escape(rule, quote=False)}" for rule in dict.fromkeys(s.rule for s in c.samples))
     return section(
         "What the experts say",
         "".join(sample_block(s) for s in c.samples),
-        "Each token carries the colour of the expert that decided it. Point at a token (or tab to it) to see what "
-        "every expert and their product would have said there.",
+        "Each token carries the colour of the expert that decided it; point at a token, or tab to it, to see what "
+        f"every expert and their product would have said there.{rules}",
     )
 
 
@@ -178,7 +192,7 @@ def sample_block(sample: Sample) -> str:
         )
     return (
         f'<div class="legend">{legend}</div><p class="sample"><span class="prompt">{escape(sample.prompt, quote=False)}'
-        f'</span>{"".join(spans)}</p><p class="about">{escape(sample.rule, quote=False)}</p>'
+        f"</span>{''.join(spans)}</p>"
     )
 
 
@@ -377,9 +391,23 @@ def _elastic(c: Content) -> str:
     if c.bounds:
         cells = [[f"{k} to {k + 1}", number(bound)] for k, bound in enumerate(c.bounds)]
         body += "<br>" * bool(body) + table(["deepening the product from expert", "largest change (p99, nats)"], cells)
+    if c.exits:
+        names = [f"expert {k}" for k in range(len(c.exits[0]["exit_shares"]))]
+        cells = [
+            [f"{part.get('safety', 1.0):g}", *map(percent, part["exit_shares"]), percent(part.get("disagreement"), 2)]
+            for part in c.exits
+        ]
+        body += "<br>" * bool(body) + table(["WAND safety", *names, "differ from the product"], cells)
     if c.certificate:
-        pairs = [[escape(str(k)), escape(f"{v:.6g}" if finite(v) else str(v))] for k, v in c.certificate.items()]
-        body += "<br>" * bool(body) + table(["certificate", ""], pairs)
+        pairs = [
+            [
+                CERTIFICATE[key],
+                escape(f"{c.certificate[key]:.6g}" if finite(c.certificate[key]) else c.certificate[key]),
+            ]
+            for key in CERTIFICATE
+            if key in c.certificate
+        ]
+        body += "<br>" * bool(body) + table(["certificate for early exits", ""], pairs)
     return out + section("Calibration", body)
 
 

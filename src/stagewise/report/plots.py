@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 
@@ -106,7 +106,7 @@ def line_chart(
     y_marks = ticks(y_low, y_high)
     y_low, y_high = y_marks[0], y_marks[-1]
     labels = [s for s in lines if not s.faint]
-    left, top, bottom = 64, 14, 46
+    left, top, bottom = _left_margin(tick_format(mark) for mark in y_marks), 14, 46
     right = 24 + min(max((len(s.name) for s in labels), default=0) * 7, 190)
     x_low, x_high = min(xs), max(xs)
     pad = (x_high - x_low) * (0.06 if x_ticks else 0.0) or (0.5 if x_high == x_low else 0.0)
@@ -154,8 +154,8 @@ def bar_chart(
     """An SVG of vertical bars (label, value, colour), each with its value written above it."""
     if not bars:
         return ""
-    left, top, bottom, right = 64, 24, 46, 24
     marks = ticks(0.0, max(value for _, value, _ in bars) or 1.0, 4)
+    left, top, bottom, right = _left_margin(tick_format(mark) for mark in marks), 24, 46, 24
     slot = (width - left - right) / len(bars)
     bar_width = min(slot * 0.62, 96)
 
@@ -188,6 +188,11 @@ def standalone(svg: str) -> str:
         "text{fill:var(--muted)}.grid{stroke:var(--line)}.label,.value{font-weight:600}.value{fill:var(--ink)}"
     )
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
+
+
+def _left_margin(labels: Iterable[str]) -> int:
+    """Room for the tick labels and the axis title beside them."""
+    return 34 + 8 * max(map(len, labels))
 
 
 def _open(title: str, width: int, height: int) -> str:
