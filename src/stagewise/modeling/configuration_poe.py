@@ -73,11 +73,11 @@ class PoEConfig(PreTrainedConfig):
 
     vocab_size: int = 32768
     hidden_size: int = 256
-    intermediate_size: int | None = None
+    intermediate_size: int = None  # type: ignore[assignment]  # derived when not given
     num_hidden_layers: int = 8
     num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # derived when not given
+    head_dim: int = None  # type: ignore[assignment]  # derived when not given
     max_position_embeddings: int = 2048
     hidden_act: str = "relu_squared"
     rms_norm_eps: float = 1e-6
@@ -100,20 +100,20 @@ class PoEConfig(PreTrainedConfig):
     poe_alpha: float = 0.0
     residual_weight: float = 0.5
     poe_every: int | None = None
-    poe_stage_layers: list[int] | None = None
+    poe_stage_layers: list[int] = None  # type: ignore[assignment]  # derived when not given
     per_stage_head: bool = False
     poe_head_count: int | None = None
     poe_router: bool = False
     poe_wand_p99_bounds_per_stage_head: list[float] | None = None
 
     # facts stored per layer, about the root base's layers first
-    base_layers: int | None = None
-    layer_windows: list[int] | None = None
-    value_embed_layers: list[int] | None = None
-    backout_layer: int | None = None
+    base_layers: int = None  # type: ignore[assignment]  # derived when not given
+    layer_windows: list[int] = None  # type: ignore[assignment]  # derived when not given
+    value_embed_layers: list[int] = None  # type: ignore[assignment]  # derived when not given
+    backout_layer: int = None  # type: ignore[assignment]  # derived when not given
 
     # specialists
-    specialist_layers: list[int] | None = None
+    specialist_layers: list[int] = None  # type: ignore[assignment]  # derived when not given
     specialist_base_head: str = "final"  # or "last_expert"
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
@@ -165,8 +165,8 @@ class PoEConfig(PreTrainedConfig):
             if base is None:
                 base = sum(self.poe_stage_layers) if self.poe_stage_layers else total - (self.new_layers or 0)
             frozen = self.frozen_layers if self.frozen_layers is not None else base
-            appended = [frozen - base, self.new_layers] if self.new_layers else []
-            self.specialist_layers = [n for n in appended if n]
+            chained = [frozen - base, self.new_layers] if self.new_layers else []
+            self.specialist_layers = [n for n in chained if n]
         appended = sum(self.specialist_layers)
         if self.base_layers is None:
             self.base_layers = total - appended
