@@ -12,8 +12,6 @@ import pytest
 
 from stagewise.data import SourceSpec, prepare_shards
 
-pytest.importorskip("datatrove")
-
 
 @pytest.fixture
 def source(tmp_path):
