@@ -94,11 +94,11 @@ def test_calibrating_writes_bounds_and_certificate_that_decoding_reads(folder, t
     certificate = json.loads((folder / "certificate.json").read_text())
     assert certificate == report["certificate"] and certificate["p_value"] <= 0.1
     model = load(folder)
-    prompt = [[311, 5, 6, 7]]
-    thresholds = tuple(certificate["thresholds"])
-    by_hand = decode(model, prompt, Strategy("wand", thresholds=thresholds), SamplingParams(max_new_tokens=8))
-    by_safety = decode(model, prompt, Strategy("wand", safety=certificate["safety"]), SamplingParams(max_new_tokens=8))
-    assert by_hand.tokens == by_safety.tokens and by_hand.stages_used == by_safety.stages_used
+    prompt = torch.tensor([[311, 5, 6, 7]])
+    settings = {"max_new_tokens": 8, "return_stages_used": True}
+    ids, stages = model.generate_wand(prompt, certificate=folder / "certificate.json", **settings)
+    by_safety = model.generate_wand(prompt, safety=certificate["safety"], **settings)
+    assert torch.equal(ids, by_safety[0]) and torch.equal(stages, by_safety[1])
     printed = " ".join(capsys.readouterr().out.split())
     assert "certificate: with probability 0.9" in printed and "exit bounds" in printed
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+WIDTH = 140  # columns of a table that goes into a file
+
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print one table; the first column is text, the others are numbers, None an empty cell."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(cell(value) for value in row))
-    Console().print(table)
+    console.print(title, style="bold", soft_wrap=True, markup=False, highlight=False)
+    console.print(table)
 
 
 def cell(value: Any) -> str:
@@ -30,9 +36,9 @@ def cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def with_interval(value: float, interval: Sequence[float] | None) -> str:
-    """`0.7247 [0.7201, 0.7290]`."""
-    return cell(value) if interval is None else f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
+def bounds(interval: Sequence[float]) -> str:
+    """`0.7201 to 0.7290`."""
+    return f"{interval[0]:.4f} to {interval[1]:.4f}"
 
 
 def size(count: float) -> str:
@@ -45,15 +51,17 @@ def size(count: float) -> str:
 
 
 def evaluation_rows(report: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Rows (predictor, bits per byte, accuracy, calibration error) of one model's report."""
+    """Rows (predictor, bits per byte, interval, accuracy, interval, calibration error) of one model's report."""
     errors, intervals = report["expected_calibration_error"], report["intervals"]
     rows: list[tuple[Any, ...]] = []
     for k, bpb in enumerate(report.get("stage_bpb", [])):
         rows.append(
             (
                 f"stage {k} alone",
-                with_interval(bpb, intervals["stage_bpb"][k]),
-                with_interval(report["stage_accuracy"][k], intervals["stage_accuracy"][k]),
+                bpb,
+                bounds(intervals["stage_bpb"][k]),
+                report["stage_accuracy"][k],
+                bounds(intervals["stage_accuracy"][k]),
                 errors[f"stage_{k}"],
             )
         )
@@ -62,8 +70,10 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         rows.append(
             (
                 "product of all" if k + 1 == experts else f"product of the first {k + 1}",
-                with_interval(bpb, intervals["prefix_bpb"][k]),
-                with_interval(report["prefix_accuracy"][k], intervals["prefix_accuracy"][k]),
+                bpb,
+                bounds(intervals["prefix_bpb"][k]),
+                report["prefix_accuracy"][k],
+                bounds(intervals["prefix_accuracy"][k]),
                 errors[f"prefix_{k + 1}"],
             )
         )
@@ -72,8 +82,10 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[tuple[Any, ...]]:
             rows.append(
                 (
                     title,
-                    with_interval(report[f"{name}_bpb"], intervals[f"{name}_bpb"]),
-                    with_interval(report[f"{name}_accuracy"], intervals[f"{name}_accuracy"]),
+                    report[f"{name}_bpb"],
+                    bounds(intervals[f"{name}_bpb"]),
+                    report[f"{name}_accuracy"],
+                    bounds(intervals[f"{name}_accuracy"]),
                     errors[name],
                 )
             )
@@ -82,13 +94,17 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 def show_evaluation(report: Mapping[str, Any], setting: str) -> None:
     """The tables of one model's report."""
-    show(f"{report['model']}: {setting}", ("predictor", "bits per byte", "accuracy", "ECE"), evaluation_rows(report))
+    show(
+        f"{report['model']}: {setting}",
+        ("predictor", "bits per byte", "interval", "accuracy", "interval", "ECE"),
+        evaluation_rows(report),
+    )
     if "mean_stage_bpb" in report:
         low, high = report["intervals"]["crossover_gap"]
         print(
             f"mean_stage_bpb {report['mean_stage_bpb']:.4f}   product_bpb {report['product_bpb']:.4f}   "
             f"final_path_bpb {report['final_path_bpb']:.4f}   "
-            f"crossover gap {report['crossover_gap']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            f"crossover gap {report['crossover_gap']:+.4f} ({low:+.4f} to {high:+.4f})"
         )
     names = report["agreement"]["names"]
     if len(names) > 1:
@@ -99,7 +115,7 @@ def show_evaluation(report: Mapping[str, Any], setting: str) -> None:
 def show_difference(difference: Mapping[str, Any], first: str, second: str) -> None:
     """Paired differences of two models."""
     rows = [
-        (name, f"{entry['difference']:+.4f}", f"[{entry['interval'][0]:+.4f}, {entry['interval'][1]:+.4f}]")
+        (name, f"{entry['difference']:+.4f}", f"{entry['interval'][0]:+.4f} to {entry['interval'][1]:+.4f}")
         for name, entry in difference.items()
     ]
     show(f"{second} minus {first}, paired by document", ("figure", "difference", "95% interval"), rows)
