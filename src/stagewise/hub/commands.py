@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 
 def export(
@@ -12,17 +15,24 @@ def export(
     dtype: str | None = None,
     max_shard_size: str = "4GB",
     parent: str | None = None,
-    force: bool = False,
+    force: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Write a release folder that transformers alone can load.
 
-    Args:
-        model: A model folder, a checkpoint, a specialist's delta folder, or a run.
-        out: The folder to write.
-        dtype: Convert the weights, to bfloat16 for example; as stored when not given.
-        max_shard_size: Split weights into files of at most this size.
-        parent: For a delta: the repository (owner/name) of the model it is loaded on.
-        force: Replace `out` when it exists.
+    Parameters
+    ----------
+    model
+        A model folder, a checkpoint, a specialist's delta folder, or a run.
+    out
+        The folder to write.
+    dtype
+        Convert the weights, to bfloat16 for example; as stored when not given.
+    max_shard_size
+        Split weights into files of at most this size.
+    parent
+        For a delta: the repository (owner/name) of the model it is loaded on.
+    force
+        Replace the folder when it exists.
 
     Example: stagewise export runs/lab release/lab --dtype bfloat16
     """
@@ -31,14 +41,25 @@ def export(
     print(run(model, out, dtype=dtype, max_shard_size=max_shard_size, parent=parent, force=force))
 
 
-def card(model: Path, *, name: str | None = None, license: str = "apache-2.0", force: bool = False) -> None:
+def card(
+    model: Path,
+    *,
+    name: str | None = None,
+    license: str = "apache-2.0",
+    force: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
     """Write a model's README.md from what was measured.
 
-    Args:
-        model: A model folder that was evaluated, or a run.
-        name: The repository it will have, owner/name; used in the title and the snippets.
-        license: The license in the card's metadata.
-        force: Replace an existing README.md.
+    Parameters
+    ----------
+    model
+        A model folder that was evaluated, or a run.
+    name
+        The repository it will have, owner/name; used in the title and the snippets.
+    license
+        The license in the card's metadata.
+    force
+        Replace an existing README.md.
 
     Example: stagewise card runs/lab/model --name owner/lab
     """
@@ -48,16 +69,27 @@ def card(model: Path, *, name: str | None = None, license: str = "apache-2.0", f
 
 
 def publish(
-    model: Path, *, repo: str, revision: str | None = None, private: bool = False, dry_run: bool = False
+    model: Path,
+    *,
+    repo: str,
+    revision: str | None = None,
+    private: Annotated[bool, Parameter(negative=())] = False,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Publish a model to a Hugging Face repository: a branch per checkpoint, main on the newest.
 
-    Args:
-        model: A model folder or checkpoint, or a run whose checkpoints are all published.
-        repo: The repository, owner/name; created when it does not exist.
-        revision: The branch, step-N for a checkpoint; taken from the folder's name when not given.
-        private: Create the repository private.
-        dry_run: List what would be sent and ask nothing of the hub.
+    Parameters
+    ----------
+    model
+        A model folder or checkpoint, or a run whose checkpoints are all published.
+    repo
+        The repository, owner/name; created when it does not exist.
+    revision
+        The branch, step-N for a checkpoint; taken from the folder's name when not given.
+    private
+        Create the repository private.
+    dry_run
+        List what would be sent and ask nothing of the hub.
 
     Example: stagewise publish runs/lab --repo owner/lab --dry-run
     """

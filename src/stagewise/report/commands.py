@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 
 def report(
@@ -12,17 +15,24 @@ def report(
     prompt: list[str] | None = None,
     tokens: int = 60,
     sample: bool = True,
-    force: bool = False,
+    force: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Write report.html about a run or a model: one page that needs nothing else.
 
-    Args:
-        folder: A run folder, or a model folder with eval/*.json.
-        out: The file to write; report.html in `folder` when not given.
-        prompt: Text to continue in the sample; may be given several times.
-        tokens: Length of a continuation in tokens.
-        sample: Load the model and show what its experts say (--no-sample to leave it out).
-        force: Replace an existing report.
+    Parameters
+    ----------
+    folder
+        A run folder, or a model folder with eval/*.json.
+    out
+        The file to write; report.html in the folder when left out.
+    prompt
+        Text to continue in the sample. May be repeated.
+    tokens
+        Length of a continuation in tokens.
+    sample
+        Load the model and show what its experts say; --no-sample leaves it out.
+    force
+        Replace an existing report.
 
     Example: stagewise report runs/quickstart --prompt "import os"
     """
@@ -39,25 +49,64 @@ def trajectory(
     every: int = 1,
     data: list[str] | None = None,
     tokens: int = 131_072,
+    cap: float = 0.020,
+    draft_length: int = 4,
+    prompts: int = 64,
+    new_tokens: int = 60,
+    allow_fewer_tokens: Annotated[bool, Parameter(negative=())] = False,
     seed: int = 0,
-    force: bool = False,
+    force: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Measure and calibrate many checkpoints of one run: tables by step as JSON and CSV, with plots.
 
     Run again, it goes on where it stopped.
 
-    Args:
-        source: A run folder, a folder of step-*/ checkpoints, or a repository with step-* branches.
-        out: The folder to write; `trajectory` in the run when not given.
-        steps: Only these steps; may be given several times.
-        every: Only every n-th checkpoint (the last one always).
-        data: Text to measure on, as in `stagewise evaluate`.
-        tokens: Tokens to measure on at each checkpoint.
-        seed: Seed of the bootstrap intervals.
-        force: Measure again what is there already.
+    Parameters
+    ----------
+    source
+        A run folder, a folder of step-*/ checkpoints, or a repository with step-* branches.
+    out
+        The folder to write; trajectory in a local source when left out.
+    steps
+        Only these steps.
+    every
+        Only every n-th checkpoint, and the last one.
+    data
+        Text to measure on, as in evaluate.
+    tokens
+        Tokens to measure on at each checkpoint.
+    cap
+        Rate of regressions allowed in the routing probe.
+    draft_length
+        Tokens a draft has.
+    prompts
+        Prompts whose continuations acceptance is measured on.
+    new_tokens
+        Tokens each prompt is continued by.
+    allow_fewer_tokens
+        Accept rougher exit bounds from fewer than 131,072 tokens.
+    seed
+        Seed of the intervals and of the prompts.
+    force
+        Measure again what is there already.
 
-    Example: stagewise trajectory runs/lab --tokens 131072
+    Example: stagewise trajectory runs/lab --every 2
     """
-    from stagewise.report.trajectory import trajectory as run
+    from stagewise.report.trajectory import trajectory as measure
 
-    print(run(source, out=out, steps=steps, every=every, data=data, tokens=tokens, seed=seed, force=force))
+    folder = measure(
+        source,
+        out=out,
+        steps=steps,
+        every=every,
+        data=data,
+        tokens=tokens,
+        cap=cap,
+        draft_length=draft_length,
+        prompts=prompts,
+        new_tokens=new_tokens,
+        allow_fewer_tokens=allow_fewer_tokens,
+        seed=seed,
+        force=force,
+    )
+    print(folder / "trajectory.html")

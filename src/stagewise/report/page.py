@@ -47,18 +47,21 @@ def render(content: Content) -> str:
         _probes(content),
         _setting(content),
     ]
-    title = escape(content.title, quote=False)
+    return document(f"{content.title} - stagewise report", parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page of ready-made parts, with style, colours and script inside and every request forbidden."""
     colours = f":root{{{plots.LIGHT}}}\n@media(prefers-color-scheme:dark){{:root{{{plots.DARK}}}}}\n"
+    body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{title} - stagewise report</title>\n<style>\n{colours}{_asset('page.css')}</style>\n"
-        "</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n<footer>Written by stagewise. Figures come from the files of this run; nothing on this page is estimated "
-        "unless it says so.</footer>\n</main>\n"
-        f'<div id="tip" role="tooltip"></div>\n<script>\n{_asset("page.js")}</script>\n</body>\n</html>\n'
+        f"<title>{escape(title, quote=False)}</title>\n<style>\n{colours}{_asset('page.css')}</style>\n"
+        f"</head>\n<body>\n<main>\n{body}\n<footer>Written by stagewise. Every figure was measured; what was not is "
+        'left out.</footer>\n</main>\n<div id="tip" role="tooltip"></div>\n'
+        f"<script>\n{_asset('page.js')}</script>\n</body>\n</html>\n"
     )
 
 
