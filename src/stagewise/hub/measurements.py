@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from stagewise.hub.checkpoints import read_json
 
@@ -40,7 +40,7 @@ class Measurements:
         return min(self.exits, key=lambda part: abs(part.get("safety", 1.0) - 1.0), default={})
 
 
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     """Whether `value` is a number that can be shown."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -243,8 +243,9 @@ def _interval(figures: dict[str, Any], key: str, k: int | None = None) -> str:
     pair = (figures.get("intervals") or {}).get(key)
     if isinstance(pair, list) and k is not None:
         pair = pair[k] if k < len(pair) else None
-    ok = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(finite, pair))
-    return f" [{pair[0]:.4f}, {pair[1]:.4f}]" if ok else ""
+    if not isinstance(pair, list) or len(pair) != 2 or not all(map(finite, pair)):
+        return ""
+    return f" [{pair[0]:.4f}, {pair[1]:.4f}]"
 
 
 def _evaluation(config: dict[str, Any], m: Measurements) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -228,13 +229,17 @@ def _curves(c: Content) -> str:
             title=caption,
             x_label="step",
             y_label=y_label,
-            y_format=lambda v, d=digits: f"{v:.{d}f}",
+            y_format=partial(_fixed, digits=digits),
             x_format=lambda v: f"step {v:,.0f}",
         )
         charts.append(figure(caption, svg))
     return section(
         "Training", "".join(charts), "Losses are means over neighbouring steps; point at a curve for values."
     )
+
+
+def _fixed(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}"
 
 
 def _settled_range(curves: dict[str, list[tuple[float, float]]]) -> tuple[float, float] | None:

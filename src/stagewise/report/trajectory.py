@@ -13,6 +13,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def find_checkpoints(source: str) -> list[Checkpoint]:
     """
     folder = Path(source)
     if folder.is_dir():
-        found: list[Checkpoint] = [(step, lambda path=path: path) for step, path in list_checkpoints(folder)]
+        found: list[Checkpoint] = [(step, partial(Path, path)) for step, path in list_checkpoints(folder)]
         if not found:
             raise FileNotFoundError(f"{source} holds no checkpoints: no step-*/config.json in it or its checkpoints/")
         return found
@@ -57,10 +58,11 @@ def find_checkpoints(source: str) -> list[Checkpoint]:
     steps = sorted((step, name) for name, step in branches.items() if step is not None)
     if not steps:
         raise FileNotFoundError(f"{source} has no branches named step-N (it has: {', '.join(sorted(branches))})")
-    return [
-        (step, lambda name=name: Path(snapshot_download(source, revision=name, allow_patterns=HUB_FILES)))
-        for step, name in steps
-    ]
+
+    def fetch(name: str) -> Path:
+        return Path(snapshot_download(source, revision=name, allow_patterns=HUB_FILES))
+
+    return [(step, partial(fetch, name)) for step, name in steps]
 
 
 def choose(checkpoints: list[Checkpoint], steps: Sequence[int] | None, every: int) -> list[Checkpoint]:
