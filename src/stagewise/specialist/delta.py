@@ -60,7 +60,7 @@ def delta_tensors(model: PoEForCausalLM, reference_layout: bool = False) -> dict
         if model.config.overlay_rows:
             wte[state["overlay.wte_ids"]] = state["overlay.wte_rows"].to(wte.dtype)
         out["transformer.wte.weight"] = wte
-    elif model.config.overlay_rows and len(model.config.specialist_layers) == 1:  # a chain inherits its rows
+    elif model.config.overlay_rows and len(model.config.specialist_layers or ()) == 1:  # a chain inherits its rows
         out["overlay.wte_ids"], out["overlay.wte_rows"] = state["overlay.wte_ids"], state["overlay.wte_rows"]
     return {name: tensor.detach().cpu().contiguous() for name, tensor in out.items()}
 

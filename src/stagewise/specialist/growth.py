@@ -219,7 +219,7 @@ def grow_on_meta(base: PoEConfig, new_layers: int, base_head: str | None = None)
 
 def frozen_layers(config: PoEConfig) -> int:
     """Layers below the newest specialist's."""
-    return config.num_hidden_layers - config.specialist_layers[-1]
+    return config.num_hidden_layers - (config.specialist_layers or [0])[-1]
 
 
 def trainable_names(model: PoEForCausalLM) -> list[str]:

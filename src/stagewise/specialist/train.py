@@ -239,13 +239,14 @@ def build_trainer(
         mixture, mixture.train, tokenizer, row_tokens, **packing, rank=ranks.rank, world=ranks.world
     )
     compute = SpecialistCompute(master, getattr(torch, training.dtype))
+    runner: Any = compute.model.run_stage
     if training.activation_checkpointing:
         checkpoint_activations(compute.model)
     objective = SpecialistObjective(
         end_token=tokenizer.special_ids[ASSISTANT_END],
         end_token_weight=section.end_token_weight,
         label_smoothing=section.label_smoothing,
-        stage_runner=torch.compile(compute.model.run_stage) if training.compile else None,
+        stage_runner=torch.compile(runner) if training.compile else None,
     )
     held = ConversationPacker(mixture, mixture.validation, tokenizer, row_tokens, **packing, shuffle=False)
     rows = list(held.rows())
