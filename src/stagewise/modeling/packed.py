@@ -2,8 +2,8 @@
 
 Design choices:
 - `F.linear` reorders its weight on every call and at a few rows spends most of its time there. oneDNN's prepacked
-  product reads the same weight two to five times faster. Those operators are private to torch: this file is the only one
-  that names them, and where they are missing weights stay as they are.
+  product reads the same weight two to five times faster. Those operators are private to torch: only this file names
+  them, and where they are missing weights stay as they are.
 - Below four rows the input is padded to four: that reads memory faster, and it makes every output row independent of
   how many rows are computed with it, bit for bit. A token verified in a batch of drafts gets the logits it would have
   got alone.
@@ -120,13 +120,13 @@ def refuse_gradients(x: Tensor) -> None:
         )
 
 
-def linear_together(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """The outputs (..., out) of several linear layers on the same input: one product where they are packed as one."""
+def linear_together(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The outputs of several linear layers on the same input, joined (..., sum of sizes): one product where packed."""
     packed = getattr(layers[0], "packed", None)
-    if packed is None or len(layers) == 1 or getattr(layers[-1], "packed", None) is not packed:
-        return tuple(layer(x) for layer in layers)
+    if packed is None or getattr(layers[-1], "packed", None) is not packed:
+        return torch.cat([layer(x) for layer in layers], dim=-1)
     refuse_gradients(x)
-    return packed(x).split([layer.out_features for layer in layers], dim=-1)
+    return packed(x)
 
 
 def _modules(model: nn.Module):
@@ -147,6 +147,7 @@ def _pack_layers(layers: list[nn.Linear]) -> None:
         layer.weight.data = layer.weight.data.new_empty(0)
 
 
+@torch.inference_mode(False)  # parameters must stay usable in training, whoever packs
 @torch.no_grad()
 def pack(model: nn.Module, fold: bool = True) -> nn.Module:
     """Pack every linear layer of a model in place, for inference; what is packed already stays as it is.
@@ -177,6 +178,7 @@ def pack(model: nn.Module, fold: bool = True) -> nn.Module:
     return model
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def unpack(model: nn.Module) -> nn.Module:
     """Give every packed layer its plain weight back, in the Parameter it had; returns the model."""

@@ -20,11 +20,16 @@ from torch import Tensor, nn
 from .packed import linear_together
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+FEW_QUERIES = 16
 
 
 def norm(x: Tensor, eps: float) -> Tensor:
     """RMS norm without a learnable weight, over the last dimension."""
-    return F.rms_norm(x, (x.size(-1),), eps=eps)
+    size = x.size(-1)
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.rms_norm(x, (size,), eps=eps)
+    # On a CPU rms_norm is a dozen small operations and layer_norm one. The mean of (x, -x) is 0, its variance that of x.
+    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=eps)[..., :size]
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -39,14 +44,14 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the half-split pairs of x (B, T, heads, d) by minus the angle of the position."""
-    half = x.size(-1) // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + swapped * sin
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal=False, fp32=False):
     """softmax(q k' scale) v for q (B, H, T, d) over k, v (B, G, S, d), G dividing H; mask is True where visible."""
     dtype = q.dtype
+    # For a few queries half precision is also the slow way on a CPU: several times slower than converting first.
+    fp32 = fp32 or (q.size(2) <= FEW_QUERIES and q.device.type == "cpu")
     if fp32 and dtype in (torch.bfloat16, torch.float16):
         q, k, v = q.float(), k.float(), v.float()
     heads, length, groups = q.size(1), q.size(2), k.size(1)
@@ -135,16 +140,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, value_embed: Tensor | None, layer: int, inputs: StageInputs, attend: Attend) -> Tensor:
         rows, length, _ = x.shape
-        q, k, v = linear_together(x, self.c_q, self.c_k, self.c_v)
-        q = q.view(rows, length, self.heads, self.dim)
-        k = k.view(rows, length, self.groups, self.dim)
-        v = v.view(rows, length, self.groups, self.dim)
+        qkv = linear_together(x, self.c_q, self.c_k, self.c_v).view(rows, length, -1, self.dim)
+        qk, v = qkv.split((self.heads + self.groups, self.groups), dim=2)  # (B, T, H + G, d), (B, T, G, d)
         if value_embed is not None:
             gate = self.gate_scale * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, G)
-            v = v + gate.unsqueeze(-1) * value_embed.view(rows, length, self.groups, self.dim)
-        q = norm(rotate(q, inputs.cos, inputs.sin), self.eps)
-        k = norm(rotate(k, inputs.cos, inputs.sin), self.eps)
-        y = attend(layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, d)
+            v = torch.addcmul(v, gate.unsqueeze(-1), value_embed.view(v.shape))
+        qk = norm(rotate(qk, inputs.cos, inputs.sin), self.eps)
+        q, k = qk.transpose(1, 2).split((self.heads, self.groups), dim=1)
+        y = attend(layer, q, k, v.transpose(1, 2))  # (B, H, T, d)
         return self.c_proj(y.transpose(1, 2).reshape(rows, length, self.heads * self.dim))
 
 
@@ -191,7 +194,10 @@ def run_layers(
     tap = None
     for block in blocks:
         resid, x0 = inputs.lambdas[block.layer]
-        hidden = hidden * resid + inputs.x0 * x0
+        if isinstance(x0, float):
+            hidden = torch.add(hidden * resid, inputs.x0, alpha=x0)
+        else:
+            hidden = hidden * resid + inputs.x0 * x0
         key = str(block.layer)
         embed = value_embeds[key](inputs.ids) if key in value_embeds else None  # (B, T, kv)
         hidden = block(hidden, embed, inputs, attend)
