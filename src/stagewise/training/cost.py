@@ -17,7 +17,7 @@ import torch
 
 from stagewise.modeling import PoEConfig, PoEForCausalLM
 from stagewise.recipe import Recipe
-from stagewise.training.head_loss import CHUNK_VALUES
+from stagewise.training.head_loss import chunk_values
 from stagewise.training.optimizer import parameter_groups
 
 GIB = 1 << 30
@@ -95,11 +95,15 @@ def activation_bytes(config: Any, rows: int, length: int, width: int, checkpoint
     layers = max(last - first for first, last in ranges) if detached else ranges[-1][1]
     per_token = layers * size + block if checkpointing else layers * block
     boundaries = 4 * size + (len(ranges) * size if config.poe_mode != "flat" else 0)
-    logits = 4 * (CHUNK_VALUES + config.padded_vocab_size * config.hidden_size) * 3  # chunks and the head's gradient
-    return rows * length * (per_token + boundaries) * width + logits
+    return rows * length * (per_token + boundaries) * width
 
 
-def training_memory(recipe: Recipe, model: Any, world: int) -> Memory:
+def head_bytes(config: Any, device: torch.device) -> int:
+    """Bytes alive while a head's loss is taken: a chunk's logits three times over, the gradient of the head matrix."""
+    return 12 * chunk_values(device) + 8 * config.padded_vocab_size * config.hidden_size
+
+
+def training_memory(recipe: Recipe, model: Any, world: int, device: torch.device | None = None) -> Memory:
     """Memory per rank of `world` ranks, with the state of ZeRO-2: divided optimizer, whole weights and gradients."""
     training = recipe.training
     values = sum(p.numel() for p in model.parameters())
@@ -119,7 +123,8 @@ def training_memory(recipe: Recipe, model: Any, world: int) -> Memory:
             training.sequence_length,
             2 if half else 4,
             training.activation_checkpointing,
-        ),
+        )
+        + head_bytes(model.config, device or torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     )
 
 
