@@ -167,7 +167,9 @@ def test_modes_switch_in_the_middle_of_a_sequence_without_recomputing(tiny_model
     ]
     ran = [0, 0, 0]
     for strategy, experts in plan:
-        decoder = Decoder(model, [ids if cache is None else []], strategy, SamplingParams(6, stop_tokens=()), cache=cache)
+        decoder = Decoder(
+            model, [ids if cache is None else []], strategy, SamplingParams(6, stop_tokens=()), cache=cache
+        )
         list(decoder.run())
         expected = oracle(model, ids, 6, experts=experts)
         assert decoder.result().tokens[0] == expected
@@ -233,7 +235,11 @@ def sample_counts(model, prompt, strategy, params, batch, batches):
 SAMPLED = [
     (Strategy(mode="speculative", k_draft=2), {"temperature": 1.0}, 400),
     (Strategy(mode="speculative", k_draft=1, draft_stage=1), {"temperature": 0.7, "top_k": 4}, 250),
-    (Strategy(mode="speculative", k_draft=3, draft_prefix=True, draft_stage=1), {"temperature": 1.3, "top_p": 0.8}, 400),
+    (
+        Strategy(mode="speculative", k_draft=3, draft_prefix=True, draft_stage=1),
+        {"temperature": 1.3, "top_p": 0.8},
+        400,
+    ),
     (Strategy(mode="speculative", k_draft=3), {"temperature": 1.0, "repetition_penalty": 1.5, "min_p": 0.05}, 100),
     (Strategy(mode="wand", verified=True, p99_bounds=BOUNDS), {"temperature": 1.0}, 400),
     (Strategy(mode="wand", verified=True, p99_bounds=BOUNDS, safety=0.0), {"temperature": 0.8, "top_p": 0.9}, 250),
@@ -277,7 +283,9 @@ def test_gumbel_coupling_gives_the_same_text_in_every_lossless_mode(tiny_model):
     params = SamplingParams(20, temperature=0.9, top_p=0.95, seed=11, coupling="gumbel", stop_tokens=())
     texts = [decode(model, PROMPTS, s, params).tokens for s in STRATEGIES.values()]
     assert all(t == texts[0] for t in texts)
-    other = decode(model, PROMPTS, "full", SamplingParams(20, temperature=0.9, seed=12, coupling="gumbel", stop_tokens=()))
+    other = decode(
+        model, PROMPTS, "full", SamplingParams(20, temperature=0.9, seed=12, coupling="gumbel", stop_tokens=())
+    )
     assert other.tokens != texts[0]
 
 
@@ -358,7 +366,9 @@ def test_nan_logits_are_an_error_of_their_row(tiny_model):
     model = tiny_model()
     with torch.no_grad():
         model.transformer["wte"].weight[5] = float("nan")
-    result = decode(model, [PROMPTS[1], PROMPTS[0]], "speculative", SamplingParams(3, stop_tokens=()), raise_errors=False)
+    result = decode(
+        model, [PROMPTS[1], PROMPTS[0]], "speculative", SamplingParams(3, stop_tokens=()), raise_errors=False
+    )
     assert result.errors[0] is None and "NaN" in result.errors[1]
 
 

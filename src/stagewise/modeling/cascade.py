@@ -19,6 +19,7 @@ import logging
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -67,7 +68,9 @@ def resolve_folder(source, revision: str | None = None, relative_to: Path | None
         )
     except Exception as error:
         at = f" at revision {revision}" if revision else ""
-        raise FileNotFoundError(f"{source}{at} is neither a local folder nor a repository within reach: {error}") from error
+        raise FileNotFoundError(
+            f"{source}{at} is neither a local folder nor a repository within reach: {error}"
+        ) from error
 
 
 def read_config_json(folder: Path) -> dict:
@@ -128,7 +131,7 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -142,7 +145,7 @@ def expected_shapes(config: PoEConfig) -> dict[str, tuple[int, ...]]:
 
 def recover_config(raw: dict, tensors: dict[str, Tensor], folder: Path) -> dict:
     """Facts of a foreign folder read off its tensors where its config says something else; each is announced."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     layers = [int(m.group(1)) for n in tensors if (m := re.match(r"transformer\.h\.(\d+)\.", n))]
     if layers:
         found["num_hidden_layers"] = max(layers) + 1
@@ -160,7 +163,7 @@ def recover_config(raw: dict, tensors: dict[str, Tensor], folder: Path) -> dict:
         found["head_dim"] = dim
         found["num_key_value_heads"] = first["attn.c_k.weight"].shape[0] // dim
     embeds = sorted(int(m.group(1)) for n in tensors if (m := re.match(r"value_embeds\.(\d+)\.", n)))
-    total = found.get("num_hidden_layers", raw.get("num_hidden_layers"))
+    total = int(found.get("num_hidden_layers") or raw.get("num_hidden_layers") or 0)
     derived = [i for i in range(total) if (total - 1 - i) % 2 == 0]
     if embeds != (raw.get("value_embed_layers") or derived):
         found["value_embed_layers"] = embeds
@@ -181,7 +184,9 @@ def recover_config(raw: dict, tensors: dict[str, Tensor], folder: Path) -> dict:
     for key, value in found.items():
         if raw.get(key) != value:
             if key in raw and raw[key] is not None:
-                logger.warning("%s: config says %s=%s, the tensors say %s; using the tensors", folder, key, raw[key], value)
+                logger.warning(
+                    "%s: config says %s=%s, the tensors say %s; using the tensors", folder, key, raw[key], value
+                )
             out[key] = value
     stages = out.get("poe_stage_layers")
     if heads and stages and len(stages) != heads:
@@ -235,7 +240,8 @@ def merge_delta(parent: Assembled, delta: dict[str, Tensor], raw: dict, folder: 
     frozen = raw.get("frozen_layers", base.num_hidden_layers)
     if frozen != base.num_hidden_layers:
         raise ValueError(
-            f"{folder} was trained on frozen_layers={frozen}, its parent {parent.folder} has {base.num_hidden_layers} layers"
+            f"{folder} was trained on frozen_layers={frozen}, its parent {parent.folder} has "
+            f"{base.num_hidden_layers} layers"
         )
     total = raw.get("num_hidden_layers", frozen + (raw.get("new_layers") or 0))
     new = total - frozen
@@ -312,7 +318,9 @@ def _appended(base: PoEConfig, raw: dict, folder: Path, frozen: int, new: int) -
 
 def _changed_rows(base: Tensor, mine: Tensor, folder: Path) -> dict[str, Tensor]:
     if base.shape[1] != mine.shape[1]:
-        raise ValueError(f"{folder}: transformer.wte.weight has width {mine.shape[1]}, the parent's has {base.shape[1]}")
+        raise ValueError(
+            f"{folder}: transformer.wte.weight has width {mine.shape[1]}, the parent's has {base.shape[1]}"
+        )
     rows = min(base.shape[0], mine.shape[0])
     ids = (base[:rows].to(mine.dtype) != mine[:rows]).any(1).nonzero().flatten()
     return {"overlay.wte_ids": ids, "overlay.wte_rows": mine[ids].clone()} if ids.numel() else {}
@@ -338,7 +346,9 @@ def fit_tensors(tensors: dict[str, Tensor], config: PoEConfig, where) -> dict[st
         out[name] = t
     if missing or unexpected or wrong:
         parts = [(missing, "missing"), (unexpected, "unexpected"), (wrong, "of the wrong shape")]
-        lines = [f"{len(x)} tensors {word}: {'; '.join(x[:12])}{' ...' if len(x) > 12 else ''}" for x, word in parts if x]
+        lines = [
+            f"{len(x)} tensors {word}: {'; '.join(x[:12])}{' ...' if len(x) > 12 else ''}" for x, word in parts if x
+        ]
         raise ValueError(f"{where} does not match its configuration. " + " | ".join(lines))
     return out
 
@@ -409,7 +419,7 @@ def load_model(
     model.eval()
     if device_map is not None:
         model = _dispatch(model, device_map)
-    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model, info) if output_loading_info else model
 
 

@@ -117,7 +117,8 @@ class Row:
         self.tokens: list[int] = []
         self.stages: list[int] = []
         self.logprobs: list[float] = []
-        self.finish, self.error = "", None
+        self.finish = ""
+        self.error: str | None = None
 
 
 class Decoder:
@@ -141,10 +142,10 @@ class Decoder:
             raise ValueError("stop_strings need a tokenizer to compare text with")
         config, stages = model.config, model.config.num_stages
         last = model.path_stages(self.path)[-1]
-        whole = Experts(range(stages))
+        whole: Experts | Final = Experts(range(stages))
         if self.path != "base" or config.poe_mode == "none" or strategy.head_mode is not None:
             whole = Final(last, self.path, strategy.head_mode)
-        self.target: Experts | Final = whole
+        self.target = whole
         self.draft: Experts | None = None
         self.thresholds: list[float] = []
         mode = strategy.mode
@@ -222,7 +223,9 @@ class Decoder:
                 raise ValueError(f"the cache was made for the paths {', '.join(self.cache.nodes)}, not {self.path!r}")
             good = list(range(len(self.prompts)))
             self.cache.extend(self.prompts)
-            lengths = [min(len(x) - 1, f) for x, f in zip(self.cache.ids, self.cache.frontier(0, self.path), strict=True)]
+            lengths = [
+                min(len(x) - 1, f) for x, f in zip(self.cache.ids, self.cache.frontier(0, self.path), strict=True)
+            ]
             if any(f == len(x) for x, f in zip(self.cache.ids, self.cache.frontier(0, self.path), strict=True)):
                 tokens = [x[n:] for x, n in zip(self.cache.ids, lengths, strict=True)]
                 self.cache.rollback(lengths)  # the last token runs again: its logits are what comes next
@@ -269,22 +272,22 @@ class Decoder:
             return scores
         return self.chooser.process(scores if self.params.plain else normalise(scores), prefixes)
 
-    def draft_tokens(self) -> Iterator[Event]:
+    def draft_tokens(self, draft: Experts) -> Iterator[Event]:
         """Let the draft stages propose tokens; leaves drafts, their scores, states and logits in self."""
         rows, cache = self.rows, self.cache
         self.drafts: list[list[int]] = [[] for _ in rows]
         self.draft_scores: list[list[Tensor]] = [[] for _ in rows]
-        self.step_states: dict[int, list[Tensor]] = {k: [] for k in range(self.draft.last + 1)}
-        self.step_logits: dict[int, list[Tensor]] = {k: [] for k in self.draft.stages}
+        self.step_states: dict[int, list[Tensor]] = {k: [] for k in range(draft.last + 1)}
+        self.step_logits: dict[int, list[Tensor]] = {k: [] for k in draft.stages}
         going = [not row.finish for row in rows]
         while True:
             states: dict[int, Tensor] = {}
-            for k in range(self.draft.last + 1):
+            for k in range(draft.last + 1):
                 output, counts = self.advance(k)
                 states[k] = tail(output.hidden, [max(1, c) for c in counts], [1] * len(rows))
                 self.step_states[k].append(states[k])
             known: dict[int, Tensor] = {}
-            raw = self.draft.scores(self.model, states, None, known)[:, 0]
+            raw = draft.scores(self.model, states, None, known)[:, 0]
             for k, z in known.items():
                 self.step_logits[k].append(z)
             trusted = self.trusted(raw)
@@ -305,7 +308,7 @@ class Decoder:
                     self.drafts[r].append(token)
                     self.draft_scores[r].append(scores[r])
                     new[r] = [token]
-                    yield Event(row.index, [token], [self.draft.last], committed=False)
+                    yield Event(row.index, [token], [draft.last], committed=False)
             cache.extend(new)
 
     def round(self) -> Iterator[Event]:
@@ -316,7 +319,7 @@ class Decoder:
         tap, first = None, 0
         self.drafts = [[] for _ in rows]
         if self.draft is not None:
-            yield from self.draft_tokens()
+            yield from self.draft_tokens(self.draft)
             states = {k: torch.cat(s, dim=1) for k, s in self.step_states.items()}
             known = {k: torch.cat(s, dim=1) for k, s in self.step_logits.items()}
             first = self.draft.last + 1
@@ -329,16 +332,18 @@ class Decoder:
                 tap = tail(output.tap, counts, wanted)
         raw = self.target.scores(self.model, states, tap, known)  # (B, M, V)
         self.rounds += 1
-        prefixes = [
-            [*cache.ids[r][: len(cache.ids[r]) - len(d) + j]] for r, d in enumerate(self.drafts) for j in range(len(d) + 1)
-        ] if self.params.reads_prefix else []  # fmt: skip
+        prefixes = []
+        if self.params.reads_prefix:
+            for ids, d in zip(cache.ids, self.drafts, strict=True):
+                prefixes += [ids[: len(ids) - len(d) + j] for j in range(len(d) + 1)]
         flat = torch.cat([raw[r, : len(d) + 1] for r, d in enumerate(self.drafts)]) if len(rows) > 1 else raw[0]
         top, best = self.processed(flat, prefixes).max(-1) if self.params.greedy else (flat.amax(-1), None)
         finite = (top == top).tolist()
         scores = None if self.params.greedy else self.processed(flat, prefixes)
         choices = best.tolist() if best is not None else []
         logp = normalise(flat) if self.params.logprobs else None
-        base, lengths, new = 0, [], []
+        base, lengths = 0, []
+        new: list[list[int]] = []
         for r, row in enumerate(rows):
             if row.finish:
                 base += 1
@@ -349,7 +354,8 @@ class Decoder:
             position = len(cache.ids[r]) - len(drafts)
             kept: list[int] = []
             if not all(finite[base : base + len(drafts) + 1]):
-                row.finish, row.error = "error", "the model produced NaN logits; its weights or inputs are damaged"
+                row.finish = "error"
+                row.error = "the model produced NaN logits; its weights or inputs are damaged"
             else:
                 for j in range(len(drafts) + 1):
                     draft = drafts[j] if j < len(drafts) else None
@@ -363,7 +369,7 @@ class Decoder:
                     else:
                         agreed, token = False, self.chooser.choose(scores[base + j], row.index, position + j)
                     kept.append(token)
-                    row.stages.append(self.draft.last if agreed else self.target.last)
+                    row.stages.append(self.draft.last if agreed and self.draft else self.target.last)
                     if logp is not None:
                         row.logprobs.append(float(logp[base + j, token]))
                     self.accepted += agreed
@@ -406,7 +412,8 @@ class Decoder:
             for i in leaving:
                 r = undecided[i]
                 if margin[i] != margin[i]:
-                    rows[r].finish, rows[r].error = "error", "the model produced NaN logits; its weights are damaged"
+                    rows[r].finish = "error"
+                    rows[r].error = "the model produced NaN logits; its weights are damaged"
                     continue
                 tokens[r] = self.chooser.choose(scores[i], rows[r].index, lengths[r])
                 used[r] = k

@@ -53,7 +53,7 @@ class LayerGroup:
     def move(self, shifts: list[int], live: int) -> None:
         """Shift every row's slots down by its own amount, keeping `live` slots."""
         for store in (self.keys, self.values):
-            for i, t in store.items():
+            for t in store.values():
                 for r, shift in enumerate(shifts):
                     if shift and live:
                         stop = min(shift + live, self.capacity)
@@ -109,9 +109,7 @@ class CachedAttention:
             starts = torch.tensor(self.starts, device=device)
             self.rows = torch.arange(len(self.starts), device=device)[:, None]
             self.positions = starts[:, None] + torch.arange(self.length, device=device)  # (B, T)
-            self.slots = {
-                id(g): self.positions - torch.tensor(g.offsets, device=device)[:, None] for g in node.groups
-            }
+            self.slots = {id(g): self.positions - torch.tensor(g.offsets, device=device)[:, None] for g in node.groups}
         for g in node.groups:
             self.spans[id(g)], self.masks[id(g)] = self.view(g, device)
 
@@ -195,15 +193,14 @@ class StageNode:
         counts = [max(0, s - f) for s, f in zip(stops, self.frontier, strict=True)]
         width = max(counts)
         hidden = [c.hidden for c in self.queue]
-        taps = [c.tap for c in self.queue]
+        taps = [c.tap for c in self.queue if c.tap is not None]  # a stage has taps for all chunks or for none
         expected, full = list(self.frontier), True
         for c in self.queue:
             full = full and c.starts == expected and set(c.counts) == {c.hidden.size(1)}
             expected = [e + c.hidden.size(1) for e in expected]
         if full:  # every chunk is complete and in order: concatenation is the whole answer
             h = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
-            t = None if taps[0] is None else (taps[0] if len(taps) == 1 else torch.cat(taps, dim=1))
-            return h[:, :width], None if t is None else t[:, :width]
+            return h[:, :width], torch.cat(taps, dim=1)[:, :width] if taps else None
         index, base = [[0] * width for _ in counts], 0
         for c in self.queue:
             for r, n in enumerate(c.counts):
@@ -214,7 +211,7 @@ class StageNode:
             base += c.hidden.size(1)
         where = torch.tensor(index, device=hidden[0].device)[..., None]  # (B, T, 1)
         gathered = torch.cat(hidden, dim=1).take_along_dim(where, dim=1)
-        return gathered, None if taps[0] is None else torch.cat(taps, dim=1).take_along_dim(where, dim=1)
+        return gathered, torch.cat(taps, dim=1).take_along_dim(where, dim=1) if taps else None
 
     def drop_consumed(self) -> None:
         self.queue = [

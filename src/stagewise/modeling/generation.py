@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .configuration_poe import PoEConfig
 from .decoding import Result, decode
 from .sampling import SamplingParams
 from .strategy import Strategy
@@ -21,6 +22,8 @@ from .strategy import Strategy
 
 class StageGeneration:
     """Mixin: the elastic modes of a PoEForCausalLM."""
+
+    config: PoEConfig
 
     def generate_elastic(
         self,
@@ -142,11 +145,12 @@ class StageGeneration:
 
 def certified_thresholds(certificate: dict | str | Path) -> tuple[float, ...]:
     """The per-stage margins of a certificate, in nats."""
-    if not isinstance(certificate, dict):
-        file = Path(certificate)
+    found = certificate
+    if not isinstance(found, dict):
+        file = Path(found)
         if not file.is_file():
             raise FileNotFoundError(f"no certificate at {file}; make one with `stagewise calibrate MODEL`")
-        certificate = json.loads(file.read_text(encoding="utf-8"))
-    if "thresholds" not in certificate:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    if "thresholds" not in found:
         raise ValueError("the certificate has no 'thresholds'; make one with `stagewise calibrate MODEL`")
-    return tuple(float(t) for t in certificate["thresholds"])
+    return tuple(float(t) for t in found["thresholds"])

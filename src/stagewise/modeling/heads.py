@@ -25,11 +25,8 @@ def head_logits(x: Tensor, heads, cap: float, vocab_size: int) -> Tensor:
     Each head is a linear module or a (Vpad, D) matrix. The sum is taken in fp32 or wider; padded vocabulary rows are
     cut off.
     """
-    total = None
-    for head in heads:
-        z = wide(F.linear(x, head) if isinstance(head, Tensor) else head(x))
-        total = z if total is None else total + z
-    return softcap(total[..., :vocab_size], cap)
+    first, *rest = [wide(F.linear(x, head) if isinstance(head, Tensor) else head(x)) for head in heads]
+    return softcap(sum(rest, first)[..., :vocab_size], cap)
 
 
 def fold_heads(weights: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,11 @@ FORMAT_VERSION = "1"  # of the folders written here; its presence in config.json
 
 class Overlay(nn.Module):
     """What a specialist changed in the frozen base: some embedding rows, perhaps the lambdas of frozen layers."""
+
+    wte_ids: Tensor  # (n,)
+    wte_rows: Tensor  # (n, D)
+    resid_lambdas: Tensor  # (L,), only where the lambdas of frozen layers changed
+    x0_lambdas: Tensor
 
     def __init__(self, config: PoEConfig):
         super().__init__()
@@ -61,7 +67,7 @@ class Path:
         blocks: the appended blocks, in order. heads: the specialists' heads, oldest first.
     """
 
-    def __init__(self, name: str, config: PoEConfig, owner: nn.Module, blocks, heads):
+    def __init__(self, name: str, config: PoEConfig, owner: Any, blocks, heads):
         self.name, self.config, self.owner = name, config, owner
         self.blocks, self.heads = list(blocks), list(heads)
 
@@ -105,6 +111,18 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
     _no_split_modules = ["Block"]
     _supports_sdpa = True
 
+    transformer: nn.ModuleDict
+    value_embeds: nn.ModuleDict
+    lm_head: nn.Linear
+    lm_head_stages: nn.ModuleList
+    lm_head_stage: nn.Linear
+    lm_head_ancestors: nn.ModuleList
+    smear_gate: nn.Linear
+    resid_lambdas: nn.Parameter
+    x0_lambdas: nn.Parameter
+    smear_lambda: nn.Parameter
+    backout_lambda: nn.Parameter
+
     def __init__(self, config: PoEConfig):
         super().__init__(config)
         size, padded = config.hidden_size, config.padded_vocab_size
@@ -137,9 +155,7 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
         self.paths: dict[str, Path] = {"base": Path("base", config, self, (), ())}
         if config.is_specialist:
             heads = [*getattr(self, "lm_head_ancestors", ()), self.lm_head_stage]
-            self.paths["specialist"] = Path(
-                "specialist", config, self, self.transformer["h"][config.base_layers :], heads
-            )
+            self.paths["specialist"] = Path("specialist", config, self, self.blocks[config.base_layers :], heads)
         self.branches: dict[str, nn.Module] = {}  # attached specialists, see `branches`; not part of this module
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.is_packed = False  # see `packed`
@@ -147,6 +163,16 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
         self.post_init()
 
     # -- structure
+
+    @property
+    def wte(self) -> nn.Embedding:
+        """The token embedding, (Vpad, D)."""
+        return cast(nn.Embedding, self.transformer["wte"])
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All layers, appended ones last."""
+        return cast(nn.ModuleList, self.transformer["h"])
 
     @property
     def default_path(self) -> str:
@@ -190,10 +216,10 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             raise ValueError(f"{name}={stage} is out of range; this model has stages 0 to {self.config.num_stages - 1}")
         return stage
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.transformer["wte"]
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.transformer["wte"] = value
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -209,10 +235,9 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             generator = torch.Generator(self.device).manual_seed(seed)
         bound = math.sqrt(3.0 / self.config.hidden_size)
         base = self.config.base_layers
-        wte, head = self.transformer["wte"].weight, self.lm_head.weight
-        wte.normal_(0.0, 0.8, generator=generator)
-        head.normal_(0.0, 0.001, generator=generator)
-        for block in self.transformer["h"]:
+        self.wte.weight.normal_(0.0, 0.8, generator=generator)
+        self.lm_head.weight.normal_(0.0, 0.001, generator=generator)
+        for block in cast(list[Block], self.blocks):
             attn, mlp = block.attn, block.mlp
             for w in (attn.c_q.weight, attn.c_k.weight, attn.c_v.weight):
                 w.uniform_(-bound, bound, generator=generator)
@@ -221,11 +246,11 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             mlp.c_proj.weight.zero_()
             if hasattr(attn, "ve_gate"):
                 attn.ve_gate.weight.uniform_(0.0, 0.02, generator=generator)
-        for embed in self.value_embeds.values():
+        for embed in cast(list[nn.Embedding], self.value_embeds.values()):
             embed.weight.uniform_(-bound, bound, generator=generator)
         for name in ("lm_head_stages", "lm_head_ancestors"):
             for module in getattr(self, name, ()):
-                module.weight.zero_()
+                cast(nn.Linear, module).weight.zero_()
         if hasattr(self, "lm_head_stage"):
             self.lm_head_stage.weight.zero_()
         self.resid_lambdas[:base] = torch.linspace(1.15, 1.05, base)
@@ -249,10 +274,11 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             table = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
             self._rotary = table
         if len(set(starts)) == 1:
-            return tuple(t[None, starts[0] : starts[0] + length] for t in table)
+            stop = starts[0] + length
+            return table[0][None, starts[0] : stop], table[1][None, starts[0] : stop]
         index = torch.tensor(starts, device=self.device)[:, None] + torch.arange(length, device=self.device)
         index = index.clamp_max(self.config.max_position_embeddings - 1)
-        return tuple(t[index] for t in table)
+        return table[0][index], table[1][index]
 
     def stage_inputs(
         self,
@@ -285,7 +311,7 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             lookup = torch.cat((first.clamp_min(0), ids), dim=1)
         else:
             first, lookup = None, ids
-        x = self.transformer["wte"](lookup)
+        x = self.wte(lookup)
         if walk.overlay is not None:
             x = walk.overlay.embed(lookup, x)
         x = norm(x, self.config.rms_norm_eps)
@@ -294,7 +320,7 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
                 previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, D)
             else:
                 previous, x = x[:, :-1], x[:, 1:]
-                if min(before) < 0:
+                if min(before or [0]) < 0:
                     has = torch.ones(rows, length, 1, dtype=x.dtype, device=x.device)
                     has[:, 0] = first >= 0
                     previous = previous * has
@@ -323,7 +349,7 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
         walk = self.path(inputs.path)
         first, last = walk.config.stage_ranges[stage]
         base = self.config.base_layers
-        blocks = self.transformer["h"][first:last] if last <= base else walk.blocks[first - base : last - base]
+        blocks = self.blocks[first:last] if last <= base else walk.blocks[first - base : last - base]
         attend = inputs.attend if cache is None else cache.attention(stage, inputs)
         tap_layer = self.config.backout_layer if self.config.use_backout else None
         return run_layers(blocks, self.value_embeds, tap_layer, hidden, inputs, attend)
@@ -348,14 +374,15 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
 
     def head_groups(self) -> dict[tuple, list[nn.Module]]:
         """The heads that are added, by the place that adds them: what inference may keep folded into one matrix."""
-        groups = {("stage", k): self.stage_heads(k) for k in range(self.config.num_stages)}
+        groups: dict[tuple, list[nn.Module]] = {
+            ("stage", k): self.stage_heads(k) for k in range(self.config.num_stages)
+        }
         groups.update({("path", name, "dual"): self.path_heads(name) for name in self.paths})
         return {key: heads for key, heads in groups.items() if len(heads) > 1}
 
     def _logits(self, x: Tensor, key: tuple, heads: list[nn.Module]) -> Tensor:
         folded = self.folded_heads.get(key)
-        heads = heads if folded is None else [folded]
-        return head_logits(x, heads, self.config.logit_softcap, self.config.vocab_size)
+        return head_logits(x, heads if folded is None else [folded], self.config.logit_softcap, self.config.vocab_size)
 
     def stage_logits(self, stage: int, hidden: Tensor) -> Tensor:
         """Softcapped logits (B, T, V) of expert `stage` on its boundary state (B, T, D), fp32 or wider."""
@@ -375,7 +402,7 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             if head_mode not in (None, "base"):
                 raise ValueError(f"head_mode={head_mode!r} needs a specialist; a base has only its own head")
             return [self.lm_head]
-        heads = [self.lm_head]
+        heads: list[nn.Module] = [self.lm_head]
         if walk.config.specialist_base_head == "last_expert" and self.config.per_stage_head:
             heads.append(self.lm_head_stages[self.config.num_stages - 1])
         heads += walk.heads
@@ -541,7 +568,7 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
         """Summed loss of every expert: (1 - w) CE(p_k) + w CE(c_k), c_k the product with the earlier experts, (K,)."""
 
         def losses(target: Tensor, *xs: Tensor) -> Tensor:
-            total, out = None, []
+            total, out = xs[0].new_zeros(()), []
             for k, (x, hs) in enumerate(zip(xs, heads, strict=True)):
                 lp = normalise(head_logits(x, hs, self.config.logit_softcap, self.config.vocab_size))
                 own = F.nll_loss(lp, target, ignore_index=-100, reduction="sum")
@@ -549,7 +576,7 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
                     joint = normalise((total + lp) / (k + 1))
                     own = (1 - weight) * own + weight * F.nll_loss(joint, target, ignore_index=-100, reduction="sum")
                 if weight:
-                    total = lp.detach() if total is None else total + lp.detach()
+                    total = total + lp.detach()
                 out.append(own)
             return torch.stack(out)
 
@@ -574,7 +601,7 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
         states, _ = self.run_path(self.stage_inputs(input_ids), stages)
         return normalise(pool([self.stage_logits(k, s) for k, s in enumerate(states)]))
 
-    def _prepare_cache_for_generation(self, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(self, *args, **kwargs) -> None:  # type: ignore[override]
         """transformers' generate makes no cache of its own; the first forward with use_cache makes a FrontierCache."""
 
     @classmethod

@@ -110,7 +110,7 @@ class Chooser:
         self.seeds = params.row_seeds(rows)
         self.generators = [torch.Generator().manual_seed(s) for s in self.seeds]
         before = [RepetitionPenaltyLogitsProcessor(params.repetition_penalty)] if params.repetition_penalty != 1 else []
-        self.by_prefix = LogitsProcessorList([*before, *params.processors])
+        self.by_prefix: Callable = LogitsProcessorList([*before, *params.processors])
         self.bias: Tensor | None = None
         warpers: list = []
         if not params.greedy:
@@ -122,7 +122,7 @@ class Chooser:
                 warpers.append(TopPLogitsWarper(params.top_p))
             if params.min_p > 0:
                 warpers.append(MinPLogitsWarper(params.min_p))
-        self.warpers = LogitsProcessorList(warpers)
+        self.warpers: Callable | None = LogitsProcessorList(warpers) if warpers else None
 
     def process(self, scores: Tensor, prefixes: Sequence[Sequence[int]]) -> Tensor:
         """Processed scores (N, V): one prefix per line. Scores must be log-probabilities unless `params.plain`."""
@@ -140,7 +140,7 @@ class Chooser:
                 for i, p in enumerate(prefixes)
             ]
             scores = torch.cat(lines)
-        if len(self.warpers):
+        if self.warpers is not None:
             scores = self.warpers(None, scores)
         return scores
 

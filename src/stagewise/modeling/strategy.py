@@ -119,7 +119,9 @@ def exit_bounds(config, bounds: Sequence[float] | None = None) -> list[float]:
                 "Measure them with `stagewise calibrate MODEL`"
             )
     if len(found) != config.num_stages - 1:
-        raise ValueError(f"p99_bounds has {len(found)} entries; {config.num_stages} stages need {config.num_stages - 1}")
+        raise ValueError(
+            f"p99_bounds has {len(found)} entries; {config.num_stages} stages need {config.num_stages - 1}"
+        )
     return [float(b) for b in found]
 
 
