@@ -79,8 +79,9 @@ def section(title: str, body: str, about: str = "") -> str:
 
 
 def figure(caption: str, svg: str) -> str:
-    """A captioned chart; nothing when there is no chart."""
-    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>" if svg else ""
+    """A chart with its caption, if there is one; nothing when there is no chart."""
+    words = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f"<figure>{words}{svg}</figure>" if svg else ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, total: bool = False) -> str:

@@ -154,7 +154,7 @@ def render_trajectory(source: str, setting: dict[str, Any], rows: Sequence[Row],
             for row in cells
         ]
         head = ["step", *(escape(label(column)) for column in columns[1:])]
-        chart = figure(f"{spec.title}, {spec.unit}", charts.get(name, ""))
+        chart = figure("", charts.get(name, ""))
         parts.append(section(spec.title, chart + table(head, shown), spec.about))
     facts = "".join(f"<dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(str(v))}</dd>" for k, v in setting.items())
     parts.append(section("Setting", f"<dl>{facts}</dl>"))
