@@ -287,7 +287,7 @@ class PoEConfig(PreTrainedConfig):
 
     @property
     def default_output_mode(self) -> str:
-        """"final" for end-to-end models and specialists, "aggregate" (the product) for staged bases."""
+        """The final path for end-to-end models and specialists, the product ("aggregate") for staged bases."""
         return "final" if self.poe_mode == "none" or self.is_specialist else "aggregate"
 
 
