@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,26 +77,7 @@ def under_torchrun(code: str, folder: Path, *arguments: str) -> subprocess.Compl
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=240)
 
 
-def as_two_ranks(function, *arguments) -> None:
-    """Call `function(*arguments)` in two forked processes that know each other, as torchrun would; none may fail."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-
-    def rank(number: int) -> None:
-        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        function(*arguments)
-
-    processes = [multiprocessing.get_context("fork").Process(target=rank, args=(number,)) for number in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-
-
-def test_two_ranks_reproduce_one_and_a_dead_rank_stops_all_and_one_rank_goes_on(recipe_file, tmp_path):
+def test_two_ranks_reproduce_one_and_a_dead_rank_stops_all_and_one_rank_goes_on(recipe_file, as_two_ranks, tmp_path):
     """330 tokens pad to 384 rows; 3 stages' shapes divide by 2 or do not: both are covered."""
     torch.set_num_threads(1)
     alone = train_recipe(load_recipe(recipe_file), tmp_path / "alone", quiet=True)
@@ -162,7 +141,7 @@ def compare_optimizers(result: Path) -> None:
     close_ranks()
 
 
-def test_the_sharded_optimizer_equals_the_whole_one_and_holds_about_half_the_state(tmp_path):
+def test_the_sharded_optimizer_equals_the_whole_one_and_holds_about_half_the_state(as_two_ranks, tmp_path):
     """67 rows do not divide by two ranks, nor do 3 matrices; 3 and 24 elements are too small to divide."""
     as_two_ranks(compare_optimizers, tmp_path / "result.json")
     result = json.loads((tmp_path / "result.json").read_text())

@@ -330,3 +330,14 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_torn_line_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 5, "lo')
     Metrics(tmp_path, resumed_at=2).close()
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_every_validation_set_is_reported_under_its_name(corpus, tokenizer_folder, tmp_path):
+    (tmp_path / "other.txt").write_text(sentences(99, 30), encoding="utf-8")
+    recipe = make_recipe(corpus, tokenizer_folder, steps=1)
+    tree = recipe.model_dump()
+    tree["data"]["validation_sources"] = [{"name": "other", "kind": "text", "path": str(tmp_path / "other.txt")}]
+    outcome = train_recipe(Recipe.model_validate(tree), tmp_path / "run", quiet=True)
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "product_bpb" in row]
+    assert [row.get("set") for row in rows] == [None, "other"]
+    assert outcome.validation["product_bpb"] == rows[0]["product_bpb"] != rows[1]["product_bpb"]

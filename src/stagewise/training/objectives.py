@@ -115,24 +115,47 @@ class Objective:
         inputs = model.stage_inputs(ids)
         leaf = inputs.x0.detach().requires_grad_(inputs.x0.requires_grad)
         local = replace(inputs, x0=leaf)
-        residual = self.mode == "residual_logop"
+        hidden: Tensor = leaf
         earlier: list[tuple[Tensor, Tensor]] = []
-        hidden, figures = leaf, []
+        figures = []
         for k in range(model.config.num_stages):
-            state = run_stage(k, hidden, local).hidden
-            normed = norm(state, model.config.rms_norm_eps)
-            weights = _head_weights(model, k)
-            loss, plain, combined = chunked_head_loss(normed, weights, targets, settings, earlier if residual else ())
-            (loss * scale).backward()
-            figures.append((loss.detach(), plain, combined if k else plain))
-            hidden = state.detach()
-            if residual:
-                constant = [weight.detach() for weight in weights]
-                earlier.append((normed.detach(), fold_heads(constant) if len(constant) > 1 else constant[0]))
-            del state, normed, loss
+            hidden, figure = self.train_stage(model, run_stage, k, hidden, local, earlier, targets, settings, scale)
+            figures.append(figure)
         if leaf.grad is not None:
             inputs.x0.backward(leaf.grad)
         return _stack(figures, settings)
+
+    def train_stage(
+        self,
+        model: Any,
+        run_stage: Callable[[int, Tensor, StageInputs], StageOutput],
+        stage: int,
+        hidden: Tensor,
+        inputs: StageInputs,
+        earlier: list[tuple[Tensor, Tensor]],
+        targets: Tensor,
+        settings: HeadSettings,
+        scale: float,
+        hand_on: Callable[[Tensor], None] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Forward and backward of one detached stage from its boundary state `hidden` (B, T, D).
+
+        `inputs.x0` is a leaf that collects its gradient. `earlier` holds the normed boundary states and summed heads of
+        the experts before (residual Log-OP) and gets this one's added. `hand_on` is given the new boundary state before
+        the backward pass. Returns it, detached, and (loss, CE sum, combined CE sum).
+        """
+        state = run_stage(stage, hidden, inputs).hidden
+        following = state.detach()
+        if hand_on is not None:
+            hand_on(following)
+        normed = norm(state, model.config.rms_norm_eps)
+        weights = head_weights(model, stage)
+        residual = self.mode == "residual_logop"
+        loss, plain, combined = chunked_head_loss(normed, weights, targets, settings, earlier if residual else ())
+        (loss * scale).backward()
+        if residual:
+            earlier.append((normed.detach(), constant_head(weights)))
+        return following, (loss.detach(), plain, combined if len(earlier) > 1 else plain)
 
     def _whole_graph(self, model, run_stage, ids, targets, settings, scale) -> tuple[Tensor, Tensor, Tensor]:
         inputs = model.stage_inputs(ids)
@@ -140,16 +163,22 @@ class Objective:
         for k in range(model.config.num_stages):
             hidden = run_stage(k, hidden, inputs).hidden
             normed = norm(hidden, model.config.rms_norm_eps)
-            loss, plain, _ = chunked_head_loss(normed, _head_weights(model, k), targets, settings)
+            loss, plain, _ = chunked_head_loss(normed, head_weights(model, k), targets, settings)
             losses.append(loss)
             figures.append((loss.detach(), plain, plain))
         (torch.stack(losses).sum() * scale).backward()
         return _stack(figures, settings)
 
 
-def _head_weights(model: Any, stage: int) -> list[Tensor]:
+def head_weights(model: Any, stage: int) -> list[Tensor]:
     """The head matrices (Vpad, D) that add up to expert `stage`'s."""
     return [head.weight for head in model.stage_heads(stage)]
+
+
+def constant_head(weights: list[Tensor]) -> Tensor:
+    """The sum of heads (Vpad, D) without gradient."""
+    constant = [weight.detach() for weight in weights]
+    return fold_heads(constant) if len(constant) > 1 else constant[0]
 
 
 def _stack(figures: list[tuple[Tensor, Tensor, Tensor]], settings: HeadSettings) -> tuple[Tensor, Tensor, Tensor]:
