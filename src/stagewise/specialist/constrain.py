@@ -111,7 +111,7 @@ class CallConstraint:
         tokenizer: PoETokenizer,
         tools: Sequence[Mapping[str, Any]] | Mapping[tuple[int, ...], Sequence[Mapping[str, Any]]],
         mode: str = "call",
-        **limits: int,
+        **limits: Any,
     ):
         self.tokenizer = tokenizer
         self.start = tokenizer.special_ids[ASSISTANT_START]
