@@ -59,7 +59,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
         fill(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise OSError(
