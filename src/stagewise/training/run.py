@@ -9,6 +9,7 @@ Design choices
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def run_tokenizer(recipe: Recipe, run: Path | None = None, ranks: Ranks | None =
             texts = corpus_texts(recipe.data, recipe.tokenizer.train_bytes)
             tokenizer = train_tokenizer(texts, recipe.model.vocab_size, add_bos_token=recipe.model.add_bos_token)
             if kept is not None:
-                write_folder(kept, tokenizer.save_pretrained)
+                write_folder(kept, _saver(tokenizer))
         ranks.barrier()
         if not ranks.first:
             if kept is None:
@@ -59,6 +60,10 @@ def run_tokenizer(recipe: Recipe, run: Path | None = None, ranks: Ranks | None =
             "set model.vocab_size to the tokenizer's, or leave tokenizer.path out to train one"
         )
     return tokenizer
+
+
+def _saver(tokenizer: Any) -> Callable[[Path], None]:
+    return lambda folder: tokenizer.save_pretrained(folder)
 
 
 def build_optimizer(recipe: Recipe, model: torch.nn.Module, ranks: Ranks | None = None) -> MuonAdamW:
@@ -185,7 +190,8 @@ def build_trainer(
     if training.activation_checkpointing:
         checkpoint_activations(compute.model)
     if objective is None:
-        runner = torch.compile(compute.model.run_stage) if training.compile else None
+        run_stage: Any = compute.model.run_stage
+        runner = torch.compile(run_stage) if training.compile else None
         objective = Objective.from_config(master.config, stage_runner=runner)
 
     def save_model(target: Path) -> None:
@@ -221,13 +227,21 @@ def build_trainer(
 def _open_data(recipe: Recipe, tokenizer: Any, run: Path | None, ranks: Ranks) -> TrainingData:
     """Open the data on every rank; the first one encodes what has to be encoded, the others read what it wrote."""
     cache = None if run is None else run / "data"
-    arguments = {"rank": ranks.rank, "world_size": ranks.world, "cache_dir": cache}
-    length = recipe.training.sequence_length
-    data = None
-    if ranks.first:
-        data = open_training_data(recipe.data, tokenizer, length, recipe.seed, **arguments)
+
+    def opened() -> TrainingData:
+        return open_training_data(
+            recipe.data,
+            tokenizer,
+            recipe.training.sequence_length,
+            recipe.seed,
+            rank=ranks.rank,
+            world_size=ranks.world,
+            cache_dir=cache,
+        )
+
+    data = opened() if ranks.first else None
     ranks.barrier()
-    return data or open_training_data(recipe.data, tokenizer, length, recipe.seed, **arguments)
+    return data or opened()
 
 
 def _announcement(recipe: Recipe, done: int, ranks: Ranks) -> str:
