@@ -105,6 +105,13 @@ def test_reduce_sums_over_ranks(two_stages):
     assert doubled == {**evaluate_bpb(two_stages, [(ROW, NEXT)], BYTES), "tokens": 6, "bytes": 12}
 
 
+def test_a_rank_without_rows_still_takes_part_in_the_sum(two_stages):
+    other = {}
+    evaluate_bpb(two_stages, [(ROW, NEXT)], BYTES, reduce=lambda sums: other.setdefault("sums", sums))
+    alone = evaluate_bpb(two_stages, [], BYTES, reduce=lambda sums: sums + other["sums"])
+    assert alone == evaluate_bpb(two_stages, [(ROW, NEXT)], BYTES)
+
+
 def test_the_training_flag_is_put_back(two_stages):
     evaluate_bpb(two_stages.train(), [(ROW, NEXT)], BYTES)
     assert two_stages.training

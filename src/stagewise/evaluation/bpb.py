@@ -121,6 +121,12 @@ def check_finite(value: Tensor, name: str) -> None:
         raise ValueError(f"{name} has NaN or infinite logits: the weights are damaged or training diverged")
 
 
+def predictor_names(experts: int, *, final: bool, entropy_weighted: bool) -> list[str]:
+    """Names of the predictors of a model, in the order of `TokenScores`."""
+    names = [f"stage_{k}" for k in range(experts)] + [f"prefix_{k + 1}" for k in range(experts)]
+    return names + ["entropy_weighted"] * bool(experts and entropy_weighted) + ["final_path"] * final
+
+
 def score_tokens(
     model: Any,
     inputs: Tensor,
@@ -144,11 +150,7 @@ def score_tokens(
     inputs, targets = inputs.to(model.device), targets.to(model.device).reshape(-1)  # (N,)
     states, hidden, tap = boundary_states(model, inputs, final=final, stages=stages)
     states = states[:experts]
-    names = [f"stage_{k}" for k in range(experts)] + [f"prefix_{k + 1}" for k in range(experts)]
-    if experts and entropy_tau is not None:
-        names.append("entropy_weighted")
-    if final:
-        names.append("final_path")
+    names = predictor_names(experts, final=final, entropy_weighted=entropy_tau is not None)
 
     valid = targets >= 0
     token_bytes = torch.where(valid, token_byte_lengths.to(targets.device)[targets.clamp_min(0)], 0)  # (N,)
@@ -252,21 +254,19 @@ def evaluate_bpb(
     not finite.
     """
     lengths = check_byte_lengths(model, token_byte_lengths)
-    names: list[str] = []
-    sums = torch.zeros(2, dtype=torch.float64)  # tokens, bytes, then nats and hits per predictor
+    names = predictor_names(expert_count(model), final=final, entropy_weighted=entropy_tau is not None)
+    sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64)  # tokens, bytes, nats and hits per predictor
     with inference(model):
         for inputs, targets in rows:
             scores = score_tokens(model, inputs, targets, lengths, final=final, entropy_tau=entropy_tau)
-            names = scores.names
             hits = (scores.top1 == scores.targets) & scores.counted
-            batch = torch.cat(
+            sums += torch.cat(
                 [
                     torch.stack([scores.counted.sum(), scores.token_bytes.sum()]).double(),
                     scores.nll.sum(1),
                     hits.sum(1).double(),
                 ]
             ).cpu()
-            sums = batch + (sums if sums.numel() == batch.numel() else 0)
             if max_tokens is not None and sums[0] >= max_tokens:
                 break
     if reduce is not None:

@@ -147,8 +147,8 @@ def probe(
         File of prompts: lines of text, an optional target after a tab, or .jsonl with prompt and target; default: the
         seven prompts of the 3B card.
     modes
-        Modes in short form, such as full, prefix:2, stage:0, wand, wand-verified, speculative:4; default: all the model
-        has.
+        Mode in short form, such as full, prefix:2, stage:0, wand, wand-verified, speculative:4; may be repeated;
+        default: all the model has.
     max_new_tokens
         Tokens a text has at most.
     draft_stage
@@ -160,7 +160,7 @@ def probe(
     device
         Where to run; default: the accelerator where there is one.
 
-    Example: stagewise probe runs/lab/model --modes full prefix:1 --max-new-tokens 40
+    Example: stagewise probe runs/lab/model --modes full --modes prefix:1 --max-new-tokens 40
     """
     from stagewise.evaluation.loading import load_pair
     from stagewise.evaluation.probes import SEVEN_PROMPTS, read_probes, run_probes
@@ -222,7 +222,7 @@ def inspect(
     from stagewise.evaluation.inspection import inspect_config, preset_config
     from stagewise.evaluation.loading import load_pair
     from stagewise.evaluation.provenance import provenance, write_json
-    from stagewise.evaluation.tables import show_beta_sweep, show_costs, show_heads
+    from stagewise.evaluation.tables import show_beta_sweep, show_costs, show_heads, show_lambdas
 
     config = None if Path(model).exists() else preset_config(model)
     if config is not None:
@@ -234,6 +234,7 @@ def inspect(
         result = inspect_config(loaded.config, dtype=stored, context=context, batch=batch)
         show_costs(result, model)
         result |= inspect_weights(loaded, tokenizer, model, heads, beta_sweep, data)
+        show_lambdas(result["lambdas"])
         if "heads" in result:
             show_heads(result["heads"])
         if "beta_sweep" in result:

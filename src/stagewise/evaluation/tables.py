@@ -8,8 +8,8 @@ from typing import Any
 WIDTH = 140  # columns of a table that goes into a file
 
 
-def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print one table; the first column is text, the others are numbers, None an empty cell."""
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, texts: int = 1) -> None:
+    """Print one table; the first `texts` columns are text, the others numbers, None an empty cell."""
     from rich.console import Console
     from rich.table import Table
 
@@ -18,7 +18,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         console = Console(width=WIDTH)
     table = Table()
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if i < texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*(cell(value) for value in row))
     console.print(title, style="bold", soft_wrap=True, markup=False, highlight=False)
@@ -153,6 +153,12 @@ def show_costs(report: Mapping[str, Any], name: str) -> None:
         print(f"{place}: {verdict}: {weights} + {kv} = {size(memory['needed'])}; free {size(free)}")
 
 
+def show_lambdas(lambdas: Sequence[Mapping[str, Any]]) -> None:
+    """The factors of the residual stream and of the embedding, layer by layer."""
+    rows = [(f"layer {entry['layer']}", entry["resid"], entry["x0"]) for entry in lambdas]
+    show("factors on entering a layer", ("", "residual stream", "embedding"), rows)
+
+
 def show_heads(report: Mapping[str, Any]) -> None:
     """The tables of a head analysis."""
     count = len(report["norms"])
@@ -188,7 +194,7 @@ def show_probes(report: Mapping[str, Any]) -> None:
         rank = ", ".join(f"{name} {value}" for name, value in ranks.items())
         title = f"{row['prompt']!r}" + (f": rank of {row['target_token']!r}: {rank}" if ranks else "")
         texts = [(mode, repr(found["text"]), found["looped"]) for mode, found in row["texts"].items()]
-        show(title, ("mode", "greedy text", "loops"), texts)
+        show(title, ("mode", "greedy text", "loops"), texts, texts=2)
     summary = report["summary"]
     rows = [(mode, rate, summary["mean_depth"][mode]) for mode, rate in summary["loop_rate"].items()]
     show(f"{report['model']}: {len(report['probes'])} prompts", ("mode", "loop rate", "mean stages"), rows)
@@ -206,4 +212,5 @@ def show_probe_grid(reports: Sequence[Mapping[str, Any]]) -> None:
 
     mode = reports[0]["modes"][0]
     names = [str(report["model"]) for report in reports]
-    show(f"greedy text, mode {mode}", ("prompt", *names), [tuple(row) for row in grid(list(reports), mode)])
+    rows = [tuple(row) for row in grid(list(reports), mode)]
+    show(f"greedy text, mode {mode}", ("prompt", *names), rows, texts=len(names) + 1)
