@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -30,7 +31,7 @@ def specialise(
     set
         Values to change, as section.key=value. May be repeated.
     out
-        Run folder to write; runs/NAME when left out.
+        Run folder to write; runs/NAME when left out. A finished one is shown again, not trained again.
     resume
         Go on from the newest checkpoint in the run folder, or start when there is none.
     dry_run
@@ -53,6 +54,11 @@ def specialise(
         print(train.dry_run(loaded))
         return
     run = out or Path("runs") / loaded.name
+    model = run / "model"
+    if (model / "delta.safetensors").is_file() and (run / "recipe.yaml").read_text("utf-8") == loaded.to_yaml():
+        print(f"reusing {model} (delete {run} to train again)")
+        finish(loaded, model)
+        return
     outcome = train.train_specialist(
         loaded, run, resume=resume, device=device, quiet=quiet, reference_layout=reference_layout
     )
@@ -64,6 +70,20 @@ def specialise(
         raise SystemExit(128 + number if number else 1)
     if not quiet:
         print(f"trained {outcome.step:,} steps in {outcome.seconds:,.0f} s: {outcome.model}")
+    finish(loaded, outcome.model)
+
+
+def finish(recipe: Any, folder: Path | None) -> None:
+    """Calls to held-out functions, for a specialist that was trained on the embedded tool set, and what to do next."""
+    names = {source.name for source in recipe.specialist.conversations}
+    if folder is None or int(os.environ.get("RANK", "0")) or "embedded-tools" not in names:
+        return
+    from stagewise.specialist.demonstration import show_calls
+
+    show_calls(folder)
+    print("\nTry next:")
+    print(f'  stagewise chat {folder} --prompt "What does math.sin do?"')
+    print(f"  stagewise fold {folder} runs/{recipe.name}/flat")
 
 
 def convert_delta(

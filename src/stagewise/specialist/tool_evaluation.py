@@ -11,7 +11,7 @@ Design choices:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,11 +157,13 @@ def answer_cases(
     strategy: Strategy | str = "full",
     max_new_tokens: int = 128,
     batch: int = 16,
+    limits: Mapping[str, int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[ToolAnswer]:
     """Let the model answer every case greedily. With `constrained`, calls follow the grammar of the case's tools.
 
-    A constrained case that must be refused may also be answered in plain text. Cases too long for the context count as
+    A constrained case that must be refused may also be answered in plain text; `limits` bound what the grammar leaves
+    open (see `CallGrammar`). Cases too long for the context count as
     unanswered.
     """
     room = model.config.max_position_embeddings - max_new_tokens
@@ -176,7 +178,7 @@ def answer_cases(
         processors = []
         if constrained:
             tools = {tuple(prompts[i]): cases[i].tools for i in chosen}
-            processors = [CallConstraint(tokenizer, tools, mode="auto")]
+            processors = [CallConstraint(tokenizer, tools, mode="auto", **(limits or {}))]
         params = SamplingParams(
             max_new_tokens=max_new_tokens, stop_tokens=tokenizer.chat_stop_ids, processors=processors
         )
