@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stagewise.hub.export import export, modeling_files
+import stagewise.modeling
+from stagewise.hub.export import export
 from stagewise.hub.publish import check_parent, check_release
 from stagewise.modeling.cascade import load
 
@@ -23,6 +24,7 @@ sys.modules["stagewise"] = None  # importing it from here on fails
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+torch.set_grad_enabled(False)
 folder, delta, spoilt, out = sys.argv[1:]
 ids = torch.tensor([%(ids)s])
 found = {}
@@ -165,9 +167,10 @@ def test_damaged_weights_do_not_load_without_the_package(elsewhere, name, words)
 
 
 def test_release_folder_is_complete(releases):
+    code = {path.name for path in Path(stagewise.modeling.__file__).parent.glob("*.py")} - {"__init__.py"}
     for kind in ("base", "special"):
         names = {path.name for path in (releases / kind).iterdir()}
-        assert {path.name for path in modeling_files()} <= names
+        assert code <= names
         assert {"tokenizer.json", "tokenizer.pkl", "token_bytes.pt", "tokenizer_config.json"} <= names
         assert {"special_tokens_map.json", "generation_config.json", "config.json"} <= names
         check_release(releases / kind)
@@ -228,6 +231,22 @@ def test_parent_in_a_relative_folder_is_still_found_from_the_new_place(delta, tm
     ids = torch.tensor([IDS])
     with torch.no_grad():
         assert torch.equal(load(out)(ids).logits, load(delta)(ids).logits)
+
+
+def test_delta_knows_the_parent_it_is_released_with(delta, checkpoint, tmp_path):
+    from stagewise.modeling.cascade import assemble, content_hash
+
+    source = shutil.copytree(delta, delta.parent / "hashed")
+    config = json.loads((source / "config.json").read_text())
+    config["base_model_hash"] = content_hash(assemble(checkpoint).tensors)
+    (source / "config.json").write_text(json.dumps(config))
+    half = export(checkpoint, tmp_path / "half", dtype="bfloat16")
+    with pytest.raises(ValueError, match="content hash"):
+        load(export(source, tmp_path / "wrong", parent="../half"))
+    fitting = export(source, tmp_path / "right", parent="../half", parent_weights=half, dtype="bfloat16")
+    assert load(fitting).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="whole weights"):
+        export(checkpoint, tmp_path / "third", parent="owner/base")
 
 
 def test_folder_without_a_model_is_named(tmp_path):

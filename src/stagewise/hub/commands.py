@@ -15,6 +15,7 @@ def export(
     dtype: str | None = None,
     max_shard_size: str = "4GB",
     parent: str | None = None,
+    parent_weights: Path | None = None,
     force: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Write a release folder that transformers alone can load.
@@ -31,6 +32,8 @@ def export(
         Split weights into files of at most this size.
     parent
         For a delta: the repository (owner/name) of the model it is loaded on.
+    parent_weights
+        For a delta whose parent is released in another dtype: the parent's export, whose hash it is to expect.
     force
         Replace the folder when it exists.
 
@@ -38,7 +41,16 @@ def export(
     """
     from stagewise.hub.export import export as run
 
-    print(run(model, out, dtype=dtype, max_shard_size=max_shard_size, parent=parent, force=force))
+    out = run(
+        model,
+        out,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        parent=parent,
+        parent_weights=parent_weights,
+        force=force,
+    )
+    print(out)
 
 
 def card(

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -19,17 +18,6 @@ from stagewise.hub.checkpoints import read_json, require_model
 from stagewise.hub.publish import check_release
 
 KEPT = ("README.md", "LICENSE", "NOTICE", "recipe.yaml", "elastic.json", "calibration.json", "certificate.json")
-AUTO_MAP = {
-    "AutoConfig": "configuration_poe.PoEConfig",
-    "AutoModelForCausalLM": "modeling_poe.PoEForCausalLM",
-}
-
-
-def modeling_files() -> list[Path]:
-    """The source files that travel with every model: all of `stagewise.modeling` but its `__init__`."""
-    package = importlib.import_module("stagewise.modeling")
-    assert package.__file__ is not None
-    return [path for path in sorted(Path(package.__file__).parent.glob("*.py")) if path.name != "__init__.py"]
 
 
 def export(
@@ -39,55 +27,61 @@ def export(
     dtype: str | None = None,
     max_shard_size: str = "4GB",
     parent: str | None = None,
+    parent_weights: Path | None = None,
     force: bool = False,
 ) -> Path:
     """Write the release folder of a model, checkpoint or run to `out` and return it.
 
     `dtype` converts the weights ("bfloat16"); as stored when None. A specialist's delta folder stays a delta; `parent`
-    names the repository or folder it is loaded on from now on. Raises `FileExistsError` when `out` is there and `force`
-    is not set, `ValueError` when model and tokenizer do not fit.
+    names the repository or folder it is loaded on from now on. A delta knows its parent's weights by their hash: where
+    the parent's export has another dtype, `parent_weights` is that export. Raises `FileExistsError` when `out` is there
+    and `force` is not set, `ValueError` when model and tokenizer do not fit.
     """
     folder = require_model(source)
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists already: give --force to replace it, or another folder")
     if out.exists() and out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(f"out={out} holds the model that is exported: choose another folder")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        if (folder / "delta.safetensors").is_file():
-            _write_delta(folder, temporary, dtype, parent or _parent_seen_from(out, folder))
-        elif parent is not None:
-            raise ValueError(f"--parent is for delta folders: {folder} holds whole weights")
+    delta = (folder / "delta.safetensors").is_file()
+    if not delta and (parent or parent_weights):
+        raise ValueError(f"--parent is for delta folders: {folder} holds whole weights")
+
+    def fill(target: Path) -> None:
+        if delta:
+            _write_delta(folder, target, dtype, parent or _parent_seen_from(out, folder), parent_weights)
         else:
-            _write_model(folder, temporary, dtype, max_shard_size)
+            _write_model(folder, target, dtype, max_shard_size)
         for name in KEPT:
             if (folder / name).is_file():
-                shutil.copy2(folder / name, temporary / name)
+                shutil.copy2(folder / name, target / name)
         if (folder / "eval").is_dir():
-            shutil.copytree(folder / "eval", temporary / "eval", ignore=shutil.ignore_patterns(".*", "*.tmp"))
-        check_release(temporary)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(folder / "eval", target / "eval", ignore=shutil.ignore_patterns(".*", "*.tmp"))
+        check_release(target)
+
+    from stagewise.training.checkpoint import write_folder
+
+    write_folder(out, fill)
     return out
 
 
 def _write_model(folder: Path, target: Path, dtype: str | None, max_shard_size: str) -> None:
     from stagewise.modeling.cascade import load
+    from stagewise.specialist.delta import copy_modelling_code
 
     model = load(folder, dtype=dtype)
     _check_vocabulary(_write_tokenizer(folder, target), model.config.vocab_size, folder)
     model.generation_config = generation_defaults(model.config)
     model.save_pretrained(target, max_shard_size=max_shard_size)
-    _write_code(target)
+    copy_modelling_code(target)
 
 
-def _write_delta(folder: Path, target: Path, dtype: str | None, parent: str | None) -> None:
+def _write_delta(
+    folder: Path, target: Path, dtype: str | None, parent: str | None, parent_weights: Path | None
+) -> None:
     from safetensors.torch import load_file, save_file
+
+    from stagewise.modeling.cascade import assemble, content_hash
+    from stagewise.specialist.delta import AUTO_MAP, copy_modelling_code
 
     config = read_json(folder / "config.json")
     tensors = load_file(folder / "delta.safetensors")
@@ -101,6 +95,8 @@ def _write_delta(folder: Path, target: Path, dtype: str | None, parent: str | No
     config["auto_map"] = AUTO_MAP
     if parent is not None:
         config["base_model_name_or_path"] = parent
+    if parent_weights is not None:
+        config["base_model_hash"] = content_hash(assemble(parent_weights.resolve()).tensors)
     tokenizer = _write_tokenizer(folder, target)
     if config.get("vocab_size") is not None:
         _check_vocabulary(tokenizer, config["vocab_size"], folder)
@@ -108,12 +104,7 @@ def _write_delta(folder: Path, target: Path, dtype: str | None, parent: str | No
     bos, *others = tokenizer.chat_stop_ids[::-1]
     defaults = {"bos_token_id": bos, "eos_token_id": [*others, bos], "pad_token_id": bos}
     (target / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
-    _write_code(target)
-
-
-def _write_code(target: Path) -> None:
-    for path in modeling_files():
-        shutil.copyfile(path, target / path.name)
+    copy_modelling_code(target)
 
 
 def _parent_seen_from(out: Path, folder: Path) -> str | None:
