@@ -91,6 +91,10 @@ def test_dry_run_asks_nothing_of_the_hub_and_lists_every_file(run, hub, api):
     assert [o.branch for o in outcomes] == ["step-100", "step-200", "step-1000"]
     text = describe(outcomes, "owner/model", dry_run=True)
     assert "would publish owner/model@step-1000: 6 files" in text and "model.safetensors" in text
+    assert "without a README.md" not in text
+    (run / "checkpoints" / "step-000200" / "README.md").unlink()
+    outcomes = publish(run, "owner/model", dry_run=True, api=api)
+    assert "without a README.md: step-200 " in describe(outcomes, "owner/model", dry_run=True)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ class Outcome:
     unchanged: int = 0
     bytes: int = 0
     commit: str | None = None
+    card: bool = True  # whether the folder has a README.md
 
 
 def check_repo_name(repo: str) -> None:
@@ -154,8 +155,7 @@ def publish(
         check_release(target.folder)
         check_parent(target.folder)
     if dry_run:
-        files = {t.branch: [(name, path.stat().st_size) for name, path in release_files(t.folder)] for t in targets}
-        return [Outcome(b, [name for name, _ in f], bytes=sum(size for _, size in f)) for b, f in files.items()]
+        return [_would_send(target) for target in targets]
 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -182,6 +182,12 @@ def publish(
         ) from error
 
 
+def _would_send(target: Target) -> Outcome:
+    files = dict(release_files(target.folder))
+    size = sum(path.stat().st_size for path in files.values())
+    return Outcome(target.branch, list(files), bytes=size, card="README.md" in files)
+
+
 def _update(api: HfApi, repo: str, target: Target, branches: set[str]) -> Outcome:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -196,6 +202,7 @@ def _update(api: HfApi, repo: str, target: Target, branches: set[str]) -> Outcom
     outcome = Outcome(target.branch)
     operations: list[Any] = []
     local = dict(release_files(target.folder))
+    outcome.card = "README.md" in local
     for name, path in local.items():
         if name in remote and _same(path, remote[name]):
             outcome.unchanged += 1
@@ -239,4 +246,7 @@ def describe(outcomes: list[Outcome], repo: str, *, dry_run: bool) -> str:
         else:
             removed = f", {len(o.removed)} removed" if o.removed else ""
             lines.append(f"{repo}@{o.branch}: {len(o.added)} files sent ({size}), {o.unchanged} unchanged{removed}")
+    bare = [o.branch for o in outcomes if not o.card]
+    if bare:
+        lines.append(f"without a README.md: {', '.join(bare)} (`stagewise evaluate`, then `stagewise card` writes one)")
     return "\n".join(lines)
