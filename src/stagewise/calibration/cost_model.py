@@ -148,7 +148,8 @@ def candidates(
     text and position, for verified WAND, which is tried where the config has bounds.
     """
     full_speed = 1000 * batch / costs.full()
-    found = [{"strategy": Strategy(), "tokens_per_second": full_speed, "tokens_per_round": 1.0, "acceptance": 0.0}]
+    full: dict[str, Any] = {"strategy": Strategy(), "tokens_per_second": full_speed}
+    found = [{**full, "tokens_per_round": 1.0, "acceptance": 0.0}]
 
     def grouped(traces: list[Trace]) -> list[list[Trace]]:
         return [traces[i : i + batch] for i in range(0, len(traces), batch)]

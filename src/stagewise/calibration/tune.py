@@ -344,7 +344,7 @@ def show_tuning(result: dict[str, Any], most: int = 8) -> None:
     measured = result["measured"]
     setting = f"{result['dtype']}, batch {result['batch']}, {result['threads']} threads"
     widths = list(measured["stage_ms"][0])
-    rows = [(f"stage {k}", *(f"{s[n]:.3f}" for n in widths)) for k, s in enumerate(measured["stage_ms"])]
+    rows: list[tuple] = [(f"stage {k}", *(f"{s[n]:.3f}" for n in widths)) for k, s in enumerate(measured["stage_ms"])]
     rows += [(f"heads of {c}", *(f"{h[n]:.3f}" for n in widths)) for c, h in measured["head_ms"].items()]
     if measured["final_head_ms"]:
         rows.append(("final head", *(f"{measured['final_head_ms'][n]:.3f}" for n in widths)))
