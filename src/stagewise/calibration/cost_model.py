@@ -26,9 +26,9 @@ LEAST_GAIN = 1.03
 class Costs:
     """Milliseconds of a batch's round, piece by piece.
 
-    stages[k][n]: stage k over n new positions a row. heads[c][n]: the product of c experts at n positions. target[n]:
-    the final path's heads at n positions; empty where the target is the product of all experts. overhead: what a
-    round costs besides.
+    `stages[k][n]`: stage k over n new positions a row. `heads[c][n]`: the product of c experts at n positions.
+    `target[n]`: the final path's heads at n positions; empty where the target is the product of all experts.
+    `overhead`: what a round costs besides.
     """
 
     stages: list[dict[int, float]]
