@@ -442,8 +442,8 @@ def show_audit(result: dict[str, Any], tokenizer: Any = None, most: int = 12) ->
             )
             for run, d in events[:most]
         ]
-        columns = ("run", "prompt", "position", "oracle", "emitted", "top-2 gap", "gap to emitted", "verdict")
-        show(f"divergences, {len(found)} of {len(events)}", columns, found)
+        names = ("run", "prompt", "position", "oracle", "emitted", "top-2 gap", "gap to emitted", "verdict")
+        show(f"divergences, {len(found)} of {len(events)}", names, found)
     words = {
         "equal": "every token equals the oracle's",
         "tie": "every divergence is a tie: the oracle's own gap is within this dtype's numeric error",
