@@ -171,10 +171,11 @@ def test_without_the_private_operators_the_plain_product_is_used(monkeypatch, ti
         plain = model(ids).logits
         monkeypatch.setattr(packing, "packing_supported", lambda dtype, device: False)
         torch.testing.assert_close(pack(model)(ids).logits, plain, atol=1e-5, rtol=1e-5)
-    assert not model.transformer["h"][0].mlp.c_fc.packed.store.is_mkldnn
+    assert model.transformer["h"][0].mlp.c_fc.packed.layout == "plain"
 
 
-def test_layers_with_a_bias_stay_plain():
-    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+def test_layers_with_a_bias_and_those_named_stay_plain():
+    layers = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, bias=False), nn.Linear(12, 4, bias=False))
+    layers.stays_plain = ("2",)
     pack(layers)
-    assert type(layers[0]) is nn.Linear and type(layers[1]) is PackedLinear
+    assert [type(layer) for layer in layers] == [nn.Linear, PackedLinear, nn.Linear]

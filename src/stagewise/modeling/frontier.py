@@ -101,6 +101,14 @@ class CachedAttention:
         self.node, self.scale, self.fp32 = node, scale, fp32
         self.starts, self.length = inputs.starts, inputs.ids.size(1)
         device = inputs.ids.device
+        self.kernels = inputs.kernels
+        if self.kernels is not None:
+            self.first_slots = {}
+            for g in node.groups:
+                first = [s - o for s, o in zip(self.starts, g.offsets, strict=True)]
+                assert min(first) >= 0 and max(first) + self.length <= g.capacity
+                self.first_slots[id(g)] = torch.tensor(first)
+            return
         uniform = len(set(self.starts)) == 1 and all(len(set(g.offsets)) == 1 for g in node.groups)
         self.uniform = uniform
         self.masks: dict[int, Tensor | None] = {}
@@ -136,6 +144,8 @@ class CachedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         g = self.node.group_of[layer]
         keys, values = g.keys[layer], g.values[layer]
+        if self.kernels is not None:
+            return self.kernels.attend(q, k, v, keys, values, self.first_slots[id(g)], g.window, self.scale)
         if self.uniform:
             slot = self.starts[0] - g.offsets[0]
             keys[:, :, slot : slot + self.length] = k

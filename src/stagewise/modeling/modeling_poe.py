@@ -25,7 +25,8 @@ from .configuration_poe import PoEConfig
 from .frontier import FrontierCache
 from .generation import StageGeneration
 from .heads import head_logits
-from .packed import PackedWeight, unpack
+from .native import MOST_ROWS, Kernels, kernels
+from .packed import PackedWeight, packing_supported, unpack
 from .pooling import normalise, pool
 from .trunk import Block, CausalAttention, StageInputs, StageOutput, norm, rotary_tables, run_layers
 
@@ -333,7 +334,15 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             lambdas = list(zip(resid.tolist(), x0.tolist(), strict=True))
         cos, sin = self.rotary(starts, length)
         attend = CausalAttention(walk.config.layer_windows, self.attention_scale, self.config.fp32_attention)
-        return StageInputs(ids, x, cos, sin, attend, lambdas, list(starts), list(counts or [length] * rows), path)
+        return StageInputs(
+            ids, x, cos, sin, attend, lambdas, list(starts), list(counts or [length] * rows), path, self.kernels(ids, x)
+        )
+
+    def kernels(self, ids: Tensor, x: Tensor) -> Kernels | None:
+        """The compiled kernels, where they apply: packed weights, few rows, on a CPU."""
+        if not self.is_packed or ids.numel() > MOST_ROWS or not packing_supported(x.dtype, x.device):
+            return None
+        return kernels()
 
     def run_stage(
         self, stage: int, hidden: Tensor, inputs: StageInputs, cache: FrontierCache | None = None

@@ -4,6 +4,7 @@ Design choices:
 - `F.linear` reorders its weight on every call and at a few rows spends most of its time there. oneDNN's prepacked
   product reads the same weight two to five times faster. Those operators are private to torch: only this file names
   them, and where they are missing weights stay as they are.
+- Small matrices, which stay in a cache, are bound by the operator's overhead instead; they go to `native`'s kernel.
 - Below four rows the input is padded to four: that reads memory faster, and it makes every output row independent of
   how many rows are computed with it, bit for bit. A token verified in a batch of drafts gets the logits it would have
   got alone.
@@ -21,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .native import MOST_ROWS, blocked, kernels, unblocked
+
 LEAST_ROWS = 4  # see above
-SMALL = 1 << 20  # bytes up to which a weight stays in a core's cache, where padding buys no speed
+SMALL = 1 << 20  # bytes up to which a weight stays in a core's cache
 
 
 def packing_supported(dtype: torch.dtype, device: torch.device | str) -> bool:
@@ -35,16 +38,22 @@ def packing_supported(dtype: torch.dtype, device: torch.device | str) -> bool:
 
 
 class PackedWeight:
-    """One (out, in) matrix, reordered where that is supported; calling it computes `x @ weight.T`."""
+    """One (out, in) matrix, reordered where that is supported; calling it computes `x @ weight.T`.
+
+    layout: "blocked" (small, for `native`), "reordered" (oneDNN's) or "plain".
+    """
 
     def __init__(self, weight: Tensor):
         weight = weight.detach()
         self.shape, self.dtype = weight.shape, weight.dtype
-        self.reordered = packing_supported(weight.dtype, weight.device)
-        self.least_rows = 1
-        if not self.reordered:
+        self.layout, self.least_rows = "plain", 1
+        if not packing_supported(weight.dtype, weight.device):
             self.store = weight.contiguous()
             return
+        if weight.nbytes <= SMALL and kernels() is not None:
+            self.layout, self.store = "blocked", blocked(weight)
+            return
+        self.layout = "reordered"
         self.store = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), LEAST_ROWS)
         self._apply = torch.ops.mkldnn._linear_pointwise.default
         if weight.nbytes > SMALL or not self.rows_agree():
@@ -62,9 +71,13 @@ class PackedWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if not self.reordered:
+        if self.layout == "plain":
             return F.linear(x, self.store)
         rows = x.numel() // self.shape[1]
+        if self.layout == "blocked":
+            if rows > MOST_ROWS:
+                return F.linear(x, self.dense())
+            return kernels().linear(x, self.store, self.shape[0])
         if rows >= self.least_rows:
             return self.product(x)
         if rows == 1:
@@ -75,7 +88,9 @@ class PackedWeight:
 
     def dense(self) -> Tensor:
         """The plain matrix; the bits it was made from."""
-        return self.store.to_dense() if self.reordered else self.store
+        if self.layout == "blocked":
+            return unblocked(self.store, self.shape[0])
+        return self.store.to_dense() if self.layout == "reordered" else self.store
 
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
@@ -166,13 +181,14 @@ def pack(model: nn.Module, fold: bool = True) -> nn.Module:
                 weight = head.dense() if type(head) is PackedLinear else head.weight
                 total = weight.to(total.dtype) + total.to(weight.device)
             folded[key] = PackedWeight(total.to(heads[0].weight.dtype))
-    only_folded = {id(head) for heads in groups.values() for head in heads[1:]}
+    plain = {id(head) for heads in groups.values() for head in heads[1:]}  # used in sums only
     for module in _modules(model):
+        plain.update(id(getattr(module, name, None)) for name in getattr(module, "stays_plain", ()))
         names = getattr(module, "packs_together", ())
         if names and type(getattr(module, names[0])) is nn.Linear:
             _pack_layers([getattr(module, name) for name in names])
     for module in _modules(model):
-        if type(module) is nn.Linear and module.bias is None and id(module) not in only_folded:
+        if type(module) is nn.Linear and module.bias is None and id(module) not in plain:
             _pack_layers([module])
     model.is_packed = True
     return model

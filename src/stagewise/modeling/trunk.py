@@ -17,18 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .native import Kernels
 from .packed import linear_together
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 FEW_QUERIES = 16
 
 
-def norm(x: Tensor, eps: float) -> Tensor:
+def norm(x: Tensor, eps: float, kernels: Kernels | None = None) -> Tensor:
     """RMS norm without a learnable weight, over the last dimension."""
+    if kernels is not None:
+        return kernels.norm(x, eps)
     size = x.size(-1)
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return F.rms_norm(x, (size,), eps=eps)
-    # On a CPU rms_norm is a dozen small operations and layer_norm one. The mean of (x, -x) is 0, its variance that of x.
+    # On a CPU rms_norm is a dozen small operations, layer_norm one. (x, -x) has mean 0 and the mean square as variance.
     return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=eps)[..., :size]
 
 
@@ -113,6 +116,7 @@ class StageInputs:
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     path: str = "base"
+    kernels: Kernels | None = None  # used where given: few rows on a CPU, packed weights, no gradients
 
 
 @dataclass
@@ -125,11 +129,13 @@ class StageOutput:
 
 class Attention(nn.Module):
     packs_together = ("c_q", "c_k", "c_v")  # they read the same input
+    stays_plain = ("ve_gate",)
 
     def __init__(self, config, layer: int):
         super().__init__()
         self.heads, self.groups, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.eps, self.gate_scale, self.gate_channels = config.rms_norm_eps, config.ve_gate_scale, config.ve_gate_channels
+        self.eps = config.rms_norm_eps
+        self.gate_scale, self.gate_channels = config.ve_gate_scale, config.ve_gate_channels
         size, kv = config.hidden_size, config.kv_size
         self.c_q = nn.Linear(size, self.heads * self.dim, bias=False)
         self.c_k = nn.Linear(size, kv, bias=False)
@@ -138,14 +144,22 @@ class Attention(nn.Module):
         if layer in config.value_embed_layers:
             self.ve_gate = nn.Linear(self.gate_channels, self.groups, bias=False)
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, layer: int, inputs: StageInputs, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, values: nn.Embedding | None, layer: int, inputs: StageInputs, attend: Attend
+    ) -> Tensor:
         rows, length, _ = x.shape
+        kernels = inputs.kernels
         qkv = linear_together(x, self.c_q, self.c_k, self.c_v).view(rows, length, -1, self.dim)
         qk, v = qkv.split((self.heads + self.groups, self.groups), dim=2)  # (B, T, H + G, d), (B, T, G, d)
-        if value_embed is not None:
+        if values is not None and kernels is not None:
+            v = kernels.gate_values(v, x, self.ve_gate.weight, self.gate_scale, values.weight, inputs.ids)
+        elif values is not None:
             gate = self.gate_scale * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, G)
-            v = torch.addcmul(v, gate.unsqueeze(-1), value_embed.view(v.shape))
-        qk = norm(rotate(qk, inputs.cos, inputs.sin), self.eps)
+            v = torch.addcmul(v, gate.unsqueeze(-1), values(inputs.ids).view(v.shape))
+        if kernels is not None:
+            qk = kernels.rotate_norm(qk, inputs.cos, inputs.sin, self.eps)
+        else:
+            qk = norm(rotate(qk, inputs.cos, inputs.sin), self.eps)
         q, k = qk.transpose(1, 2).split((self.heads, self.groups), dim=1)
         y = attend(layer, q, k, v.transpose(1, 2))  # (B, H, T, d)
         return self.c_proj(y.transpose(1, 2).reshape(rows, length, self.heads * self.dim))
@@ -170,9 +184,9 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, inputs: StageInputs, attend: Attend) -> Tensor:
-        x = x + self.attn(norm(x, self.eps), value_embed, self.layer, inputs, attend)
-        return x + self.mlp(norm(x, self.eps))
+    def forward(self, x: Tensor, values: nn.Embedding | None, inputs: StageInputs, attend: Attend) -> Tensor:
+        x = x + self.attn(norm(x, self.eps, inputs.kernels), values, self.layer, inputs, attend)
+        return x + self.mlp(norm(x, self.eps, inputs.kernels))
 
 
 def run_layers(
@@ -199,8 +213,7 @@ def run_layers(
         else:
             hidden = hidden * resid + inputs.x0 * x0
         key = str(block.layer)
-        embed = value_embeds[key](inputs.ids) if key in value_embeds else None  # (B, T, kv)
-        hidden = block(hidden, embed, inputs, attend)
+        hidden = block(hidden, value_embeds[key] if key in value_embeds else None, inputs, attend)
         if block.layer == backout_layer:
             tap = hidden
     return StageOutput(hidden, tap)
