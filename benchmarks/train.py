@@ -8,14 +8,14 @@ At one shape (default: width 512, 12 layers in 4 equal stages, 1024 tokens, voca
 
     python benchmarks/train.py --repeats 5
 
-Prints a table and, as the last line, one JSON object; `--save` also writes it under benchmarks/results/.
+Times are wall clock; processor seconds are given too, which stay comparable on a machine that is also doing other
+things. Prints a table and, as the last line, one JSON object; `--save` also writes it under benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from datetime import date
 from pathlib import Path
@@ -53,12 +53,15 @@ def build(options: argparse.Namespace, mode: str) -> PoEForCausalLM:
     return model
 
 
-def gemm_rate(options: argparse.Namespace, dtype: torch.dtype) -> float:
-    """FLOP/s over the model's matrix products, each timed on its own and weighted as often as the model has it."""
+def gemm_rate(options: argparse.Namespace, dtype: torch.dtype) -> torch.Tensor:
+    """FLOP per wall and per processor second, (2,), of the model's matrix products.
+
+    Each is timed on its own and weighted as often as the model has it.
+    """
     size, inner, tokens = options.width, 4 * options.width, options.rows * options.length
     products = [(size, size, 4 * options.layers), (inner, size, options.layers), (size, inner, options.layers)]
     products.append((options.vocabulary, size, 4))
-    work = spent = 0.0
+    work, spent = 0.0, torch.zeros(2, dtype=torch.float64)
     for out_features, in_features, count in products:
         x = torch.randn(tokens, in_features).to(dtype)
         weight = torch.randn(out_features, in_features).to(dtype)
@@ -66,15 +69,20 @@ def gemm_rate(options: argparse.Namespace, dtype: torch.dtype) -> float:
         for product in (lambda: x @ weight.T, lambda: grad @ weight, lambda: grad.T @ x):  # noqa: B023
             product()
             work += 2.0 * tokens * in_features * out_features * count
-            spent += count * statistics.median(seconds(product) for _ in range(options.repeats))
+            spent += count * median([clock(product) for _ in range(options.repeats)])
     return work / spent
 
 
-def seconds(function: Any) -> float:
-    """Wall time of one call."""
-    begun = time.perf_counter()
+def clock(function: Any) -> torch.Tensor:
+    """Wall and processor seconds of one call, (2,)."""
+    begun, used = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - begun
+    return torch.tensor([time.perf_counter() - begun, time.process_time() - used], dtype=torch.float64)
+
+
+def median(times: list[torch.Tensor]) -> torch.Tensor:
+    """Median of each clock, (2,)."""
+    return torch.stack(times).quantile(0.5, dim=0)
 
 
 class SavedBytes:
@@ -123,12 +131,12 @@ class _Kept:
         self.release()
 
 
-def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """Per objective: median seconds of forward + backward and of the optimizer, peak saved bytes, FLOPs per token."""
     ids = torch.randint(0, options.vocabulary, (options.rows, options.length + 1))
     tokens = options.rows * options.length
     sides: dict[str, tuple[ComputeModel, Objective, MuonAdamW]] = {}
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for mode in options.objectives:
         master = build(options, mode)
         compute = ComputeModel(master, dtype)
@@ -145,20 +153,19 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[s
             "flops_per_token_without_earlier_heads": flops.total - flops.earlier,
             "parameters": sum(p.numel() for p in master.parameters()),
         }
-    times: dict[str, list[float]] = {mode: [] for mode in sides}
-    updates: dict[str, list[float]] = {mode: [] for mode in sides}
+    times: dict[str, list[torch.Tensor]] = {mode: [] for mode in sides}
+    updates: dict[str, list[torch.Tensor]] = {mode: [] for mode in sides}
     for _ in range(options.repeats):
         for mode, (compute, objective, optimizer) in sides.items():
             optimizer.zero_grad(set_to_none=True)
             run = (compute.model, ids[:, :-1], ids[:, 1:])
-            times[mode].append(seconds(lambda: objective.forward_backward(*run, normaliser=tokens)))  # noqa: B023
-            updates[mode].append(seconds(optimizer.step) + seconds(compute.refresh))
+            times[mode].append(clock(lambda: objective.forward_backward(*run, normaliser=tokens)))  # noqa: B023
+            updates[mode].append(clock(optimizer.step) + clock(compute.refresh))
     for mode, result in results.items():
-        result["seconds"] = statistics.median(times[mode])
-        result["all_seconds"] = times[mode]  # type: ignore[assignment]
-        result["optimizer_seconds"] = statistics.median(updates[mode])
+        result["seconds"], result["processor_seconds"] = median(times[mode]).tolist()
+        result["all_seconds"] = torch.stack(times[mode]).tolist()
+        result["optimizer_seconds"], result["optimizer_processor_seconds"] = median(updates[mode]).tolist()
         result["tokens_per_second"] = tokens / result["seconds"]
-        result["flops_per_second"] = result["flops_per_token"] * tokens / result["seconds"]
     return results
 
 
@@ -182,6 +189,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--per-stage-head", action="store_true", help="one more head per stage on the staged sides")
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=[*OBJECTIVES, "hier"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--profile", choices=[*OBJECTIVES, "hier"], help="print one profile of this objective instead")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
@@ -191,32 +199,37 @@ def main() -> None:
         print(profile(options, options.profile))
         return
     result: dict[str, Any] = {"benchmark": "train", "setting": vars(options), **provenance(seed=0), "sides": {}}
-    print(f"{'':<24}{'tokens/s':>10}{'s/pass':>9}{'of GEMM':>9}{'MFLOP/token':>13}{'saved MiB':>11}{'optimizer s':>13}")
-    for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        rate = gemm_rate(options, dtype)
-        sides = measure(options, dtype)
-        result["sides"][name] = {"gemm_flops_per_second": rate, **sides}
-        print(f"{name}: GEMM at the model's shapes {rate / 1e9:.0f} GFLOP/s")
+    columns = ("tokens/s", "s/pass", "CPU s", "of GEMM", "by CPU s", "MFLOP/token", "saved MiB", "optimizer s")
+    print(f"{'':<18}" + "".join(f"{column:>13}" for column in columns), flush=True)
+    for name in options.dtypes:
+        wall_rate, processor_rate = gemm_rate(options, getattr(torch, name)).tolist()
+        sides = measure(options, getattr(torch, name))
+        result["sides"][name] = {"gemm_flops_per_second": wall_rate, "gemm_flops_per_processor_second": processor_rate}
+        result["sides"][name] |= sides
+        print(f"{name}: GEMM at the model's shapes {wall_rate / 1e9:.0f} GFLOP/s")
         for mode, side in sides.items():
+            work = side["flops_per_token"] * options.rows * options.length
+            side["share_of_gemm"] = work / side["seconds"] / wall_rate
+            side["share_of_gemm_by_processor_time"] = work / side["processor_seconds"] / processor_rate
             print(
-                f"  {mode:<22}{side['tokens_per_second']:>10,.0f}{side['seconds']:>9.3f}"
-                f"{side['flops_per_second'] / rate:>9.1%}{side['flops_per_token'] / 1e6:>13,.1f}"
-                f"{side['saved_bytes'] / 2**20:>11.1f}{side['optimizer_seconds']:>13.3f}"
+                f"  {mode:<16}{side['tokens_per_second']:>13,.0f}{side['seconds']:>13.3f}"
+                f"{side['processor_seconds']:>13.3f}{side['share_of_gemm']:>13.1%}{side['share_of_gemm_by_processor_time']:>13.1%}"
+                f"{side['flops_per_token'] / 1e6:>13,.1f}{side['saved_bytes'] / 2**20:>13.1f}"
+                f"{side['optimizer_seconds']:>13.3f}"
             )
-    half = result["sides"]["bfloat16"]
-    if {"none", "flat"} <= half.keys():
+    for name, half in result["sides"].items():
+        if not {"none", "flat"} <= half.keys():
+            continue
         flat, end_to_end = half["flat"], half["none"]
-        result["flat_over_end_to_end"] = {
-            "time": flat["seconds"] / end_to_end["seconds"],
-            "flops": flat["flops_per_token"] / end_to_end["flops_per_token"],
-            "saved_bytes": flat["saved_bytes"] / end_to_end["saved_bytes"],
-        }
-        ratios = result["flat_over_end_to_end"]
+        keys = {"time": "seconds", "processor_time": "processor_seconds", "flops": "flops_per_token"}
+        ratios = {ratio: flat[key] / end_to_end[key] for ratio, key in {**keys, "saved_bytes": "saved_bytes"}.items()}
         ratios["time_over_flops"] = ratios["time"] / ratios["flops"]
+        ratios["processor_time_over_flops"] = ratios["processor_time"] / ratios["flops"]
+        result.setdefault("flat_over_end_to_end", {})[name] = ratios
         print(
-            f"flat over end to end, bf16: time {ratios['time']:.3f}x, FLOPs {ratios['flops']:.3f}x "
-            f"(time over FLOPs {ratios['time_over_flops']:.3f}), saved bytes {ratios['saved_bytes']:.2f}x"
+            f"flat over end to end, {name}: time {ratios['time']:.3f}x, CPU time {ratios['processor_time']:.3f}x, "
+            f"FLOPs {ratios['flops']:.3f}x (time over FLOPs {ratios['time_over_flops']:.3f}, by CPU time "
+            f"{ratios['processor_time_over_flops']:.3f}), saved bytes {ratios['saved_bytes']:.2f}x"
         )
     if options.save:
         machine = str(hardware().get("processor", "machine")).lower().replace(" ", "-")[:40]

@@ -341,3 +341,14 @@ def test_every_validation_set_is_reported_under_its_name(corpus, tokenizer_folde
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "product_bpb" in row]
     assert [row.get("set") for row in rows] == [None, "other"]
     assert outcome.validation["product_bpb"] == rows[0]["product_bpb"] != rows[1]["product_bpb"]
+
+
+def test_compiled_stages_compute_what_plain_ones_do(corpus, tokenizer_folder, monkeypatch):
+    """Traced by torch.compile; the code generator is left out, it only takes time."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))
+    plain = build_trainer(make_recipe(corpus, tokenizer_folder), quiet=True)
+    traced = build_trainer(make_recipe(corpus, tokenizer_folder, compile=True), quiet=True)
+    assert traced.objective.stage_runner is not None
+    expected = [plain.train_step()["loss"] for _ in range(2)]
+    assert [traced.train_step()["loss"] for _ in range(2)] == pytest.approx(expected, abs=1e-5)
