@@ -171,3 +171,27 @@ def test_what_cannot_be_attached_is_refused_and_changes_nothing(family, base_fol
         model.detach("tool")
     with pytest.raises(ValueError, match="unknown path 'tool'"):
         model(IDS, path="tool")
+
+
+@pytest.mark.parametrize("name", ["mha-4x64", "gqa-6x64"])
+def test_attached_reference_specialists_match_the_reference(fixture_dir, name):
+    from safetensors.torch import load_file
+
+    folder = fixture_dir / name
+    expected, cascade = load_file(folder / "expected.safetensors"), load_file(folder / "expected_cascade.safetensors")
+    model = load(folder)
+    for path, specialist in (("dual_head", "specialist"), ("overlay", "overlay"), ("chain", "chain")):
+        model.attach(path, folder / specialist)
+
+    def close(found, wanted, positions):
+        torch.testing.assert_close(found[:, positions].detach(), wanted, atol=1e-4, rtol=1e-4)
+
+    ids, positions = expected["input_ids"], expected["positions"]
+    for mode in ("dual", "base", "spec"):
+        wanted = expected["specialist.dual_logits" if mode == "dual" else f"specialist.head_{mode}_logits"]
+        close(model(ids, path="dual_head", head_mode=mode).logits, wanted, positions)
+    ids, positions = cascade["input_ids"], cascade["positions"]
+    close(model(ids, path="overlay").logits, cascade["dual_logits"], positions)
+    close(model(ids, path="chain").logits, cascade["chain_dual_logits"], positions)
+    for k in range(model.config.num_stages):
+        close(model.forward_stage(ids, k), cascade[f"base_stage_head_logits.{k}"], positions)

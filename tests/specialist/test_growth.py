@@ -30,6 +30,7 @@ def parent_path_logits(model, ids, kind):
     return model(ids, output_mode="final").logits
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["staged", "shared", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_specialist_predicts_exactly_what_its_parents_path_does(base_folder, tokenizer, ids, kind, dtype):
@@ -39,6 +40,7 @@ def test_a_fresh_specialist_predicts_exactly_what_its_parents_path_does(base_fol
     assert torch.equal(model(ids).logits, expected)
 
 
+@torch.no_grad()
 def test_a_fresh_specialist_on_a_specialist_predicts_exactly_what_the_latter_does(
     base_folder, tokenizer, tmp_path, ids
 ):
@@ -94,6 +96,7 @@ def test_the_trained_path_is_the_path_that_answers(base_folder, tokenizer):
         torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
 def test_warm_rows_are_rows_of_the_base_and_touch_no_base_path(base_folder, tokenizer, ids):
     folder = base_folder("staged")
     base = load(folder)
