@@ -98,6 +98,15 @@ def test_model_inside_a_run_brings_the_run_along(tmp_path):
     assert gather(run / "model").curves.validation == gather(run).curves.validation
 
 
+def test_checkpoint_is_shown_with_its_run_up_to_its_own_step(tmp_path):
+    checkpoint = write_run(tmp_path / "run") / "checkpoints" / "step-000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text(json.dumps({"poe_mode": "flat", "poe_stage_layers": [1, 1]}))
+    content = gather(checkpoint)
+    assert content.setting["steps"] == "10" and content.curves.loss["expert 0"][-1][0] == 10
+    assert content.evaluation["product_bpb"] == 2.5
+
+
 def test_damage_and_absence_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a folder"):
         gather(tmp_path / "nothing")

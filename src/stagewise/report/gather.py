@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stagewise.hub.checkpoints import model_folder, read_json
+from stagewise.hub.checkpoints import model_folder, read_json, step_of
 from stagewise.hub.measurements import count_parameters, duration, is_figures, read_measurements, read_recipe, run_of
 from stagewise.report.content import Content, Curves, finite, read_jsonl
 
@@ -31,7 +31,7 @@ def gather(folder: Path) -> Content:
     if run is not None:
         content.recipe = read_recipe(run / "recipe.yaml")
         content.title = str(content.recipe.get("name") or run.resolve().name)
-        _read_metrics(content, run / "metrics.jsonl")
+        _read_metrics(content, run / "metrics.jsonl", step_of(folder.resolve().name))
         if not content.config and content.recipe.get("model"):
             content.config = dict(content.recipe["model"])
     return content
@@ -55,7 +55,8 @@ def _read_model(content: Content, model: Path) -> None:
         content.setting["acceptance setting"] = f"Measured on {measured.acceptance_text}."
 
 
-def _read_metrics(content: Content, path: Path) -> None:
+def _read_metrics(content: Content, path: Path, until: int | None) -> None:
+    """Curves and facts of training, up to the step of the checkpoint that is shown."""
     if not path.is_file():
         return
     loss: dict[str, list[tuple[float, float]]] = {}
@@ -64,7 +65,7 @@ def _read_metrics(content: Content, path: Path) -> None:
     facts: dict[str, str] = {}
     for row in read_jsonl(path):
         step = row.get("step")
-        if not finite(step):
+        if not finite(step) or (until is not None and step > until):
             continue
         facts["steps"] = f"{int(step):,}"
         if finite(row.get("seconds")):
