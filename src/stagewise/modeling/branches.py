@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .cascade import Assembled, assemble, fit_tensors, resolve_folder
 from .configuration_poe import PoEConfig
-from .modeling_poe import Overlay, Path
+from .paths import Overlay, Path
 from .trunk import Block
 
 LAMBDAS = ("resid_lambdas", "x0_lambdas")

@@ -10,14 +10,12 @@ Design choices:
 
 from __future__ import annotations
 
-import hashlib
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -25,78 +23,14 @@ from .configuration_poe import PoEConfig
 from .frontier import FrontierCache
 from .generation import StageGeneration
 from .heads import head_logits
+from .loss import objective_loss
 from .native import MOST_ROWS, Kernels, kernels
 from .packed import PackedWeight, packing_supported, unpack
+from .paths import Overlay, Path
 from .pooling import normalise, pool
 from .trunk import Block, CausalAttention, StageInputs, StageOutput, norm, rotary_tables, run_layers
 
 FORMAT_VERSION = "1"  # of the folders written here; its presence in config.json makes loading strict
-
-
-class Overlay(nn.Module):
-    """What a specialist changed in the frozen base: some embedding rows, perhaps the lambdas of frozen layers."""
-
-    wte_ids: Tensor  # (n,)
-    wte_rows: Tensor  # (n, D)
-    resid_lambdas: Tensor  # (L,), only where the lambdas of frozen layers changed
-    x0_lambdas: Tensor
-
-    def __init__(self, config: PoEConfig):
-        super().__init__()
-        self.register_buffer("wte_ids", torch.zeros(config.overlay_rows, dtype=torch.long))
-        self.register_buffer("wte_rows", torch.zeros(config.overlay_rows, config.hidden_size))
-        if config.overlay_lambdas:
-            self.register_buffer("resid_lambdas", torch.zeros(config.num_hidden_layers))
-            self.register_buffer("x0_lambdas", torch.zeros(config.num_hidden_layers))
-
-    def embed(self, ids: Tensor, embedded: Tensor) -> Tensor:
-        """Replace the rows of `embedded` (..., D) whose id this overlay changed."""
-        if self.wte_ids.numel() == 0:
-            return embedded
-        match = ids.unsqueeze(-1) == self.wte_ids  # (..., n)
-        rows = self.wte_rows[match.int().argmax(-1)]
-        return torch.where(match.any(-1, keepdim=True), rows.to(embedded.dtype), embedded)
-
-
-class Path:
-    """A walk through the stages that ends in an expert of its own: the base, or the base with a specialist on top.
-
-    Args:
-        name: "base", "specialist" or the name an attached specialist goes by.
-        config: the configuration of the whole path (ranges, windows, where its head sits).
-        owner: the module that holds `resid_lambdas`, `x0_lambdas` and, where there is one, `overlay`.
-        blocks: the appended blocks, in order. heads: the specialists' heads, oldest first.
-    """
-
-    def __init__(self, name: str, config: PoEConfig, owner: Any, blocks, heads):
-        self.name, self.config, self.owner = name, config, owner
-        self.blocks, self.heads = list(blocks), list(heads)
-
-    @property
-    def overlay(self) -> Overlay | None:
-        return None if self.name == "base" else getattr(self.owner, "overlay", None)
-
-    def lambdas(self) -> tuple[Tensor, Tensor]:
-        overlay = self.overlay
-        source = overlay if overlay is not None and self.config.overlay_lambdas else self.owner
-        return source.resid_lambdas, source.x0_lambdas
-
-    def overlay_key(self) -> str:
-        """Equal for two paths exactly when their frozen layers compute the same function: K/V may be shared then.
-
-        What they compute follows from the base and from the overlay's content: changed embedding rows, changed lambdas
-        of frozen layers, and the windows where those were recomputed.
-        """
-        overlay, layers = self.overlay, self.config.base_layers
-        digest = hashlib.sha256(str(self.config.layer_windows[:layers]).encode())
-        if overlay is not None:
-            parts = [overlay.wte_ids, overlay.wte_rows]
-            if self.config.overlay_lambdas:
-                parts += [overlay.resid_lambdas[:layers], overlay.x0_lambdas[:layers]]
-            for part in parts:
-                if part.numel():
-                    digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
 
 class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
@@ -518,7 +452,7 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             logits = self.final_logits(states[-1], tap, head_mode, path)
         else:
             logits = normalise(pool([self.stage_logits(k, s) for k, s in enumerate(states)], alpha=0.0))
-        loss = None if labels is None else self.objective_loss(input_ids, labels, path)
+        loss = None if labels is None else objective_loss(self, input_ids, labels, path)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def _run_padded(self, ids: Tensor, mask: Tensor | None, cache: FrontierCache | None, path: str):
@@ -549,51 +483,6 @@ class PoEForCausalLM(PreTrainedModel, GenerationMixin, StageGeneration):
             tap = out.tap
         cache.commit([n - 64 for n in cache.lengths()])  # leaves room for transformers' assisted generation
         return states, tap, restore
-
-    def objective_loss(self, ids: Tensor, labels: Tensor, path: str = "base") -> Tensor:
-        """The model's own training loss as one graph; -100 in `labels` (B, T) is ignored and labels are shifted here.
-
-        Logits are recomputed chunk by chunk in the backward pass, so no (B, T, V) tensor is kept.
-        """
-        config, mode = self.config, self.config.poe_mode
-        targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
-        count = (targets != -100).sum().clamp_min(1)
-        inputs = self.stage_inputs(ids, path=path)
-        if path != "base" or mode == "none":
-            states, tap = self.run_path(inputs)
-            x = self.final_state(states[-1], tap, path).flatten(0, 1)
-            heads = [self.path_heads(path)]
-            return self._chunked_loss([x], heads, targets, 0.0)[0] / count
-        hidden, states = inputs.x0, []
-        for k in range(config.num_stages):
-            hidden = self.run_stage(k, hidden if mode == "hier" else hidden.detach() if k else hidden, inputs).hidden
-            states.append(norm(hidden, config.rms_norm_eps).flatten(0, 1))
-        heads = [self.stage_heads(k) for k in range(config.num_stages)]
-        weight = config.residual_weight if mode == "residual_logop" else 0.0
-        losses = self._chunked_loss(states, heads, targets, weight) / count
-        return losses.sum() / config.num_stages ** (1.0 - config.poe_alpha)
-
-    def _chunked_loss(self, states: list[Tensor], heads: list, targets: Tensor, weight: float, chunk: int = 1024):
-        """Summed loss of every expert: (1 - w) CE(p_k) + w CE(c_k), c_k the product with the earlier experts, (K,)."""
-
-        def losses(target: Tensor, *xs: Tensor) -> Tensor:
-            total, out = xs[0].new_zeros(()), []
-            for k, (x, hs) in enumerate(zip(xs, heads, strict=True)):
-                lp = normalise(head_logits(x, hs, self.config.logit_softcap, self.config.vocab_size))
-                own = F.nll_loss(lp, target, ignore_index=-100, reduction="sum")
-                if weight and k:
-                    joint = normalise((total + lp) / (k + 1))
-                    own = (1 - weight) * own + weight * F.nll_loss(joint, target, ignore_index=-100, reduction="sum")
-                if weight:
-                    total = total + lp.detach()
-                out.append(own)
-            return torch.stack(out)
-
-        parts = [
-            checkpoint(losses, targets[i : i + chunk], *(x[i : i + chunk] for x in states), use_reentrant=False)
-            for i in range(0, targets.numel(), chunk)
-        ]
-        return torch.stack(parts).sum(0)
 
     @torch.no_grad()
     def forward_stage(self, input_ids: Tensor, stage: int) -> Tensor:
