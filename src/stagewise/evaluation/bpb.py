@@ -194,7 +194,7 @@ def score_tokens(
                     change = mean - earlier
                     spread[k - 1, at] = (change.amax(-1) - change.amin(-1)).float()
                 earlier = mean
-        if stack:
+        if stack and entropy_tau is not None:
             logp = torch.stack(stack)  # (K, n, V)
             record("entropy_weighted", pool(logp, weights=entropy_weights(logp, entropy_tau), alpha=alpha), at)
         if final:

@@ -265,7 +265,7 @@ def lm_class() -> type:
                             )
                         result = decode(self.model, prompts, self.strategy, params, tokenizer=self.tokenizer)
                         for i, ids in zip(picked, result.tokens, strict=True):
-                            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                            text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
                             texts[i] = cut_at(text, until)
                             self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                         bar.update(len(picked))

@@ -11,7 +11,7 @@ Design choices:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def run_probes(
     return {"modes": modes, "max_new_tokens": max_new_tokens, "probes": rows, "summary": summary}
 
 
-def grid(reports: Sequence[dict[str, Any]], mode: str = "full") -> list[list[str]]:
+def grid(reports: Sequence[Mapping[str, Any]], mode: str = "full") -> list[list[str]]:
     """Texts by prompt (rows) and checkpoint (columns) in one mode."""
     prompts = [row["prompt"] for row in reports[0]["probes"]]
     return [

@@ -212,5 +212,5 @@ def show_probe_grid(reports: Sequence[Mapping[str, Any]]) -> None:
 
     mode = reports[0]["modes"][0]
     names = [str(report["model"]) for report in reports]
-    rows = [tuple(row) for row in grid(list(reports), mode)]
+    rows = [tuple(row) for row in grid(reports, mode)]
     show(f"greedy text, mode {mode}", ("prompt", *names), rows, texts=len(names) + 1)
