@@ -110,9 +110,9 @@ def _content_parts(message: Message, where: str, kinds: Iterable[str]) -> list[P
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) and content is not None:
         raise ValueError(f"{where}.content: expected text or a list of parts, got {type(content).__name__}")
-    parts = []
+    parts: list[Part] = []
     for position, part in enumerate(content or ()):
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = str(part.get("type")) if isinstance(part, Mapping) else ""
         if kind not in kinds or not isinstance(part.get("text"), str):
             raise ValueError(
                 f"{where}.content[{position}]: expected {{'type': ..., 'text': ...}} with type {' or '.join(kinds)}, "

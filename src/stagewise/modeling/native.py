@@ -198,10 +198,12 @@ def compile_source() -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as work:
         source, compiled, linked = (Path(work) / name for name in ("kernels.cpp", "kernels.o", "kernels.so"))
         source.write_text(SOURCE, encoding="utf-8")
-        run = {"check": True, "capture_output": True, "timeout": 120}
-        subprocess.run([compiler, *FLAGS, "-c", str(source), "-o", str(compiled)], **run)
         # linked without an OpenMP runtime: torch's own is already in the process, and two would fight for the cores
-        subprocess.run([compiler, "-shared", str(compiled), "-o", str(linked)], **run)
+        for command in (
+            [compiler, *FLAGS, "-c", str(source), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
         os.replace(linked, library)
     return library
 

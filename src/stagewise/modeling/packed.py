@@ -17,6 +17,7 @@ Design choices:
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,9 @@ class PackedWeight:
         if self.layout == "blocked":
             if rows > MOST_ROWS:
                 return F.linear(x, self.dense())
-            return kernels().linear(x, self.store, self.shape[0])
+            native = kernels()
+            assert native is not None, "blocked weights are made only where the kernels compile"
+            return native.linear(x, self.store, self.shape[0])
         if rows >= self.least_rows:
             return self.product(x)
         if rows == 1:
@@ -137,14 +140,14 @@ def refuse_gradients(x: Tensor) -> None:
 
 def linear_together(x: Tensor, *layers: nn.Linear) -> Tensor:
     """The outputs of several linear layers on the same input, joined (..., sum of sizes): one product where packed."""
-    packed = getattr(layers[0], "packed", None)
+    packed: Any = getattr(layers[0], "packed", None)
     if packed is None or getattr(layers[-1], "packed", None) is not packed:
         return torch.cat([layer(x) for layer in layers], dim=-1)
     refuse_gradients(x)
     return packed(x)
 
 
-def _modules(model: nn.Module):
+def _modules(model: Any):
     """Every module of the model, those of attached paths included."""
     yield from model.modules()
     for path in getattr(model, "paths", {}).values():
@@ -152,7 +155,7 @@ def _modules(model: nn.Module):
             yield from module.modules()
 
 
-def _pack_layers(layers: list[nn.Linear]) -> None:
+def _pack_layers(layers: list[Any]) -> None:
     packed = PackedWeight(layers[0].weight if len(layers) == 1 else torch.cat([m.weight for m in layers]))
     first = 0
     for layer in layers:
@@ -164,7 +167,7 @@ def _pack_layers(layers: list[nn.Linear]) -> None:
 
 @torch.inference_mode(False)  # parameters must stay usable in training, whoever packs
 @torch.no_grad()
-def pack(model: nn.Module, fold: bool = True) -> nn.Module:
+def pack(model: Any, fold: bool = True) -> Any:
     """Pack every linear layer of a model in place, for inference; what is packed already stays as it is.
 
     Args:
@@ -196,12 +199,12 @@ def pack(model: nn.Module, fold: bool = True) -> nn.Module:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def unpack(model: nn.Module) -> nn.Module:
+def unpack(model: Any) -> Any:
     """Give every packed layer its plain weight back, in the Parameter it had; returns the model."""
     for module in _modules(model):
         if type(module) is PackedLinear:
             module.weight.data = module.dense()
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
             del module.packed, module.rows
     getattr(model, "folded_heads", {}).clear()
     model.is_packed = False

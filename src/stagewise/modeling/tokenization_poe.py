@@ -65,6 +65,7 @@ class PoETokenizer(PreTrainedTokenizerFast):
     vocab_files_names = {"tokenizer_file": "tokenizer.json", "encoding_file": "tokenizer.pkl"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
+    _tokenizer: Any  # the Rust backend
 
     def __init__(
         self,
@@ -159,8 +160,8 @@ class PoETokenizer(PreTrainedTokenizerFast):
         encoded = self._encoding.encode_ordinary_batch(flat, num_threads=num_threads)
         if len(flat) == len(pieces):
             return encoded
-        encoded = iter(encoded)
-        return [list(chain.from_iterable(islice(encoded, len(of_text)))) for of_text in pieces]
+        following = iter(encoded)
+        return [list(chain.from_iterable(islice(following, len(of_text)))) for of_text in pieces]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids whose bytes are exactly `data`, which need not be valid UTF-8; special tokens are off."""
@@ -283,7 +284,8 @@ class PoETokenizer(PreTrainedTokenizerFast):
             raise ValueError("add_generation_prompt and continue_final_message exclude each other; pass one of them")
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         rows, masks = [], []
-        for messages in conversation if batched else [conversation]:
+        several: list[Any] = list(conversation) if batched else [conversation]
+        for messages in several:
             messages = getattr(messages, "messages", messages)  # transformers' pipelines wrap conversations
             turns = fold_turns(messages, tools)
             ids, mask = self._render(turns)
