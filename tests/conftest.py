@@ -58,13 +58,13 @@ def make_model(seed: int = 0, scale: float = 1.0, dtype=torch.float32, **changes
     return model.to(dtype).eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config():
     """Factory of small configurations: tiny_config(num_hidden_layers=4, ...)."""
     return make_config
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():
     """Factory of small random models: tiny_model(seed=0, scale=1.0, dtype=torch.float64, ...)."""
     return make_model

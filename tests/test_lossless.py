@@ -247,11 +247,9 @@ SAMPLED = [
 
 
 @pytest.fixture(scope="module")
-def sampler():
-    from conftest import make_model
-
+def sampler(tiny_model):
     torch.manual_seed(0)
-    return make_model(scale=0.25, **SMALL)
+    return tiny_model(scale=0.25, **SMALL)
 
 
 @pytest.mark.parametrize("strategy, settings, batch", SAMPLED)

@@ -39,10 +39,8 @@ operations = st.lists(
 
 
 @pytest.fixture(scope="module")
-def model():
-    from conftest import make_model
-
-    small = make_model(dtype=torch.float64, scale=0.6, max_position_embeddings=1024)
+def model(tiny_model):
+    small = tiny_model(dtype=torch.float64, scale=0.6, max_position_embeddings=1024)
     small.config.layer_windows = [12, 1024, 12, 12, 1024]  # windows short enough to matter here
     return small
 
