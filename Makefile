@@ -34,7 +34,7 @@ $(VENV)/.torch: constraints.txt
 
 $(RUN_STAMP): $(VENV)/.torch pyproject.toml constraints.txt
 	@echo "installing stagewise"
-	@$(INSTALL) -c constraints.txt -e '.[plots,tools]'
+	@$(INSTALL) -c constraints.txt -e '.[tools]'
 	@touch $@
 
 $(DEV_STAMP): $(VENV)/.torch pyproject.toml constraints.txt
@@ -53,7 +53,7 @@ lab: $(RUN_STAMP)
 	$(BIN)/stagewise train lab
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_FLAGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
