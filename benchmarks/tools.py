@@ -1,6 +1,6 @@
 """Function calling: held-out embedded functions and leaderboard files, with and without constrained decoding.
 
-    python benchmarks/tools.py runs/quickstart-tools/model --bfcl path/to/bfcl --out benchmarks/results
+    python benchmarks/tools.py runs/quickstart-tools/model --bfcl path/to/bfcl --save
 
 Prints a table for each set of cases and, as its last line, one JSON object. Greedy decoding; the free side and the
 constrained side answer the same cases in one run.
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stagewise.data.embedded_functions import functions_manifest
-from stagewise.evaluation.provenance import provenance, write_json
+from stagewise.evaluation.provenance import hardware, provenance, write_json
 from stagewise.modeling import load, load_tokenizer
 from stagewise.specialist.tool_evaluation import answer_cases, bfcl_cases, embedded_cases, rates, rates_table
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON result")
+    parser.add_argument("--save", action="store_true", help="also write the JSON under benchmarks/results/")
     options = parser.parse_args()
 
     model = load(options.model, dtype=options.dtype, device="cuda" if torch.cuda.is_available() else None)
@@ -55,12 +56,13 @@ def main() -> None:
             columns[title]["seconds"] = round(time.perf_counter() - begun, 1)
         found[name] = columns
         print(f"\n{name} ({len(cases)} cases)\n{rates_table(columns)}")
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings = {key: value for key, value in vars(options).items() if key not in ("bfcl", "save")}
+    settings |= {"model": Path(options.model).parent.name, "training": model.config.stage_training}
     result = {"benchmark": "tools", "settings": settings, "functions": functions_manifest(), "rates": found}
     result |= {"provenance": provenance()}
-    if options.out is not None:
-        stamp = time.strftime("%Y-%m-%d")
-        write_json(options.out / f"{stamp}-{torch.get_num_threads()}-threads-tools.json", result)
+    if options.save:
+        machine = str(hardware().get("processor", "machine")).lower().replace(" ", "-")[:40]
+        write_json(Path(__file__).parent / "results" / f"{date.today()}-{machine}-tools.json", result)
     print(json.dumps(result))
 
 

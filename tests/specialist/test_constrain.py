@@ -87,7 +87,7 @@ def test_every_call_in_the_trained_format_is_allowed(tokenizer):
     for arguments in (
         {"city": "Lima", "unit": "C"},
         {"city": "O'\"\\n", "days": -3, "unit": "it's"},
-        {"city": "", "unit": "C", "at": {"y": 1.5}, "tags": []},
+        {"city": "", "unit": "C", "at": {"y": 1.5e-09}, "tags": []},
         {"city": "é漢", "days": 0, "unit": "C", "at": {"x": -0.25, "y": 10}, "tags": ["a", "b'"]},
     ):
         assert reachable(matcher, tokenizer, render_call("get_weather", arguments))

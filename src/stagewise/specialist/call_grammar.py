@@ -101,7 +101,7 @@ class CallGrammar:
         if kind == "integer":
             return self._rule("/-?(0|[1-9][0-9]{0,14})/")
         if kind == "number":
-            return self._rule("/-?(0|[1-9][0-9]{0,14})(\\.[0-9]{1,10})?/")
+            return self._rule("/-?(0|[1-9][0-9]{0,14})(\\.[0-9]{1,10})?([eE][+-]?[0-9]{1,2})?/")
         if kind == "boolean":
             return self._rule('"true" | "false"')
         if kind == "null":
