@@ -229,3 +229,20 @@ def test_stage_checkpoints_that_are_unusable_are_refused(base_folder, tokenizer,
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="no stage checkpoint"):
         convert(tmp_path / "missing.pt", base, tmp_path / "d")
+
+
+def test_damaged_and_orphaned_deltas_say_what_is_wrong(base_folder, tokenizer, tmp_path):
+    parent = open_parent(base_folder("staged"))
+    folder = write_delta(tmp_path / "d", grow(parent, 1, tokenizer=tokenizer), tokenizer, parent)
+    whole = (folder / "delta.safetensors").read_bytes()
+    (folder / "delta.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        load(folder)
+    (folder / "delta.safetensors").write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "base_model_name_or_path": "./gone"}))
+    with pytest.raises(FileNotFoundError, match="parent './gone' of the specialist"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(ValueError, match="has hidden_size=64, its parent"):
+        load(folder)
