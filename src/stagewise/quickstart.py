@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-PROMPT = "def "
+PROMPT = "def __init__(self"
 NEW_TOKENS = 24
 
 
