@@ -16,6 +16,13 @@ ROWS = (1, 2, 3, 4, 5, 8, 9, 17, 64)
 SHAPES = ((96, 32), (320, 64), (1536, 512), (512, 1536), (12, 12), (1, 24))
 
 
+@pytest.fixture(params=["native", "onednn"], autouse=True)
+def product(request, monkeypatch):
+    """Everything holds with the compiled product and, as where there is no compiler, with oneDNN's."""
+    if request.param == "onednn":
+        monkeypatch.setattr(packing, "kernels", lambda: None)
+
+
 def weight(shape, dtype, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(shape[1] ** -0.5).to(dtype)
 

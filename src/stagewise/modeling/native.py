@@ -3,7 +3,9 @@
 Design choices:
 - With a handful of rows a layer's time goes into dispatching some thirty tiny operations, and into attention over half
   precision keys, which torch converts or handles slowly. Here that is four calls: norm, rotation, value embedding,
-  attention; a fifth multiplies by matrices small enough to stay in a cache.
+  attention.
+- The fifth is the matrix product. It reads a weight once, as one stream, for up to twelve rows (more rows reuse it from
+  a core's cache), and starts in a microsecond.
 - One C++ source without torch's headers: it compiles in seconds, is kept in the user's cache folder and is called with
   plain pointers. Without a compiler, or with STAGEWISE_NATIVE=0, `kernels()` is None and torch's operations are used.
 - Every output row is computed alone and in one order, so it has the same bits however many rows are computed with it.
@@ -29,6 +31,7 @@ from torch import Tensor
 
 logger = logging.getLogger("stagewise")
 
+WIDE = 32  # outputs of a block in the layout of weights
 MOST_ROWS = 64  # rows (batch x positions) up to which these kernels are meant to be used
 
 SOURCE = r"""
@@ -36,6 +39,9 @@ SOURCE = r"""
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 struct half_t { uint16_t bits; };
 static inline float up(float x) { return x; }
 static inline float up(half_t x) { uint32_t u = (uint32_t)x.bits << 16; float f; memcpy(&f, &u, 4); return f; }
@@ -131,37 +137,64 @@ template <class T> static void attend(const T* q, const T* k, const T* v, const 
     for (long j = 0; j < d; j++) put(to[j], out[j] / total);
   }
 }
-// w: blocks of 64 outputs, each [in][64]; four vectors of 16 outputs are accumulated over the inputs in order
+// Products. w: blocks of 32 outputs; in a block all inputs in order, fp32 [in][32], bf16 [in / 2][32][2].
+static const int WIDE = 32, TOGETHER = 12;  // outputs of a block; rows whose sums fit in registers beside its weights
 typedef float v16 __attribute__((vector_size(64)));
-typedef uint16_t u16 __attribute__((vector_size(32)));
-typedef uint32_t u32 __attribute__((vector_size(64)));
-static inline v16 load(const float* p) { v16 v; memcpy(&v, p, 64); return v; }
-static inline v16 load(const half_t* p) {
-  u16 h; memcpy(&h, p, 32);
-  u32 u = __builtin_convertvector(h, u32) << 16;
-  v16 v; memcpy(&v, &u, 64); return v;
+typedef uint32_t u16 __attribute__((vector_size(64)));
+static inline v16 as_float(u16 u) { v16 v; memcpy(&v, &u, 64); return v; }
+static inline void accumulate(v16& sum, v16 w, const float* x) { sum += w * *x; }
+static inline void accumulate(v16& sum, u16 w, const half_t* x) {
+#ifdef __AVX512BF16__
+  uint32_t pair; memcpy(&pair, x, 4);
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
+#else
+  sum += as_float(w << 16) * up(x[0]);
+  sum += as_float(w & 0xffff0000u) * up(x[1]);
+#endif
 }
-template <class T, int M> static void block(const T* x, const T* w, T* y, long in, long out, long count) {
-  v16 sum[M][4] = {};
-  for (long k = 0; k < in; k++, w += 64) {
-    v16 a = load(w), b = load(w + 16), c = load(w + 32), d = load(w + 48);
-    for (int m = 0; m < M; m++) {
-      float xv = up(x[m * in + k]);
-      sum[m][0] += a * xv; sum[m][1] += b * xv; sum[m][2] += c * xv; sum[m][3] += d * xv;
-    }
+template <class T> struct Step { typedef v16 vector; static const int inputs = 1; };
+template <> struct Step<half_t> { typedef u16 vector; static const int inputs = 2; };
+// adds the products of inputs [from, to) to `rows` rows of sums; M is `rows`, known to the compiler
+template <class T, int M>
+static void block(int rows, const T* x, const T* w, float* sums, long in, long from, long to) {
+  if constexpr (M > 1) if (rows < M) return block<T, M - 1>(rows, x, w, sums, in, from, to);
+  v16 sum[M][2];
+  #pragma GCC unroll 12
+  for (int m = 0; m < M; m++) { memcpy(&sum[m][0], sums + WIDE * m, 64); memcpy(&sum[m][1], sums + WIDE * m + 16, 64); }
+  for (long k = from; k < to; k += Step<T>::inputs) {
+    typename Step<T>::vector a, b;
+    memcpy(&a, (const char*)(w + WIDE * k), 64);
+    memcpy(&b, (const char*)(w + WIDE * k) + 64, 64);
+    #pragma GCC unroll 12
+    for (int m = 0; m < M; m++) { accumulate(sum[m][0], a, x + m * in + k); accumulate(sum[m][1], b, x + m * in + k); }
   }
+  #pragma GCC unroll 12
   for (int m = 0; m < M; m++) {
-    float z[64]; memcpy(z, sum[m], 256);
-    for (long j = 0; j < count; j++) put(y[m * out + j], z[j]);
+    v16 a = sum[m][0], b = sum[m][1];  // copies keep the sums themselves in registers
+    memcpy(sums + WIDE * m, &a, 64); memcpy(sums + WIDE * m + 16, &b, 64);
   }
 }
 template <class T> static void linear(const T* x, const T* w, T* y, long rows, long in, long out) {
-  #pragma omp parallel for schedule(static) if (in * out > 65536)
-  for (long o = 0; o < out; o += 64) {
-    long count = out - o < 64 ? out - o : 64, r = 0;
-    for (; r + 4 <= rows; r += 4) block<T, 4>(x + r * in, w + o * in, y + r * out + o, in, out, count);
-    for (; r + 2 <= rows; r += 2) block<T, 2>(x + r * in, w + o * in, y + r * out + o, in, out, count);
-    for (; r < rows; r++) block<T, 1>(x + r * in, w + o * in, y + r * out + o, in, out, count);
+  const long MOST = 4 * TOGETHER;  // rows whose sums are kept at a time
+  #pragma omp parallel for schedule(static) if (in * out * rows > 65536)
+  for (long o = 0; o < out; o += WIDE) {
+    float sums[MOST * WIDE];
+    for (long first = 0; first < rows; first += MOST) {
+      long n = rows - first < MOST ? rows - first : MOST, count = out - o < WIDE ? out - o : WIDE;
+      memset(sums, 0, n * WIDE * sizeof(float));
+      // more rows take turns, in equal groups, on a piece of the weight that stays in the first cache
+      long groups = (n + TOGETHER - 1) / TOGETHER, chunk = groups == 1 ? in : 256;
+      for (long k = 0; k < in; k += chunk) {
+        long to = k + chunk < in ? k + chunk : in;
+        for (long r = 0, step; r < n; r += step) {
+          step = (n + groups - 1) / groups;
+          step = step < n - r ? step : n - r;
+          block<T, TOGETHER>(step, x + (first + r) * in, w + o * in, sums + WIDE * r, in, k, to);
+        }
+      }
+      for (long r = 0; r < n; r++)
+        for (long j = 0; j < count; j++) put(y[(first + r) * out + o + j], sums[WIDE * r + j]);
+    }
   }
 }
 #define EXPORT(T, S) extern "C" { \
@@ -177,6 +210,11 @@ template <class T> static void linear(const T* x, const T* w, T* y, long rows, l
   void linear_##S(const T* x, const T* w, T* y, long rows, long in, long out) { linear(x, w, y, rows, in, out); } }
 EXPORT(float, f)
 EXPORT(half_t, b)
+#if defined(__AVX512BF16__)
+extern "C" int bf16_products() { return 1; }
+#else
+extern "C" int bf16_products() { return 0; }
+#endif
 """
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 
@@ -213,6 +251,7 @@ class Kernels:
 
     def __init__(self, library: Path):
         lib = ctypes.CDLL(str(library))
+        self.bf16_products = bool(lib.bf16_products())  # the processor multiplies bf16 directly
         p, n, f = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
         signatures = {
             "norm": [p, p, n, n, f],
@@ -314,23 +353,26 @@ class Kernels:
 
     def linear(self, x: Tensor, weight: Tensor, out: int) -> Tensor:
         """x (..., in) times a matrix (out, in) given in `blocked` form: (..., out)."""
-        x = x.contiguous()
-        size = weight.size(1)
-        y = x.new_empty(*x.shape[:-1], out)
+        y, size = x.new_empty(*x.shape[:-1], out), weight.size(1) * weight.size(3)
+        x = (x if x.size(-1) == size else F.pad(x, (0, size - x.size(-1)))).contiguous()
         self._linear[x.dtype](x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // size, size, out)
         return y
 
 
 def blocked(weight: Tensor) -> Tensor:
-    """A matrix (out, in) in the order `Kernels.linear` reads it: (ceil(out / 64), in, 64), zeros at the end."""
+    """A matrix (out, in) in the order `Kernels.linear` reads it, padded with zeros.
+
+    fp32: (ceil(out / 32), in, 32, 1). bf16, which is multiplied in pairs: (ceil(out / 32), ceil(in / 2), 32, 2).
+    """
     out, size = weight.shape
-    padded = F.pad(weight, (0, 0, 0, -out % 64))
-    return padded.view(-1, 64, size).transpose(1, 2).contiguous()
+    inputs = 2 if weight.dtype == torch.bfloat16 else 1
+    padded = F.pad(weight, (0, -size % inputs, 0, -out % WIDE))
+    return padded.view(padded.size(0) // WIDE, WIDE, -1, inputs).transpose(1, 2).contiguous()
 
 
-def unblocked(weight: Tensor, out: int) -> Tensor:
-    """The matrix (out, in) that `blocked` was given."""
-    return weight.transpose(1, 2).reshape(-1, weight.size(1))[:out].contiguous()
+def unblocked(weight: Tensor, shape: torch.Size) -> Tensor:
+    """The matrix of `shape` (out, in) that `blocked` was given."""
+    return weight.transpose(1, 2).reshape(weight.size(0) * WIDE, -1)[: shape[0], : shape[1]].contiguous()
 
 
 @cache

@@ -4,7 +4,8 @@ Design choices:
 - `F.linear` reorders its weight on every call and at a few rows spends most of its time there. oneDNN's prepacked
   product reads the same weight two to five times faster. Those operators are private to torch: only this file names
   them, and where they are missing weights stay as they are.
-- Small matrices, which stay in a cache, are bound by the operator's overhead instead; they go to `native`'s kernel.
+- Where `native`'s own product can be had it is faster still: less overhead on small matrices, more of the memory's
+  bandwidth on large ones.
 - Below four rows the input is padded to four: that reads memory faster, and it makes every output row independent of
   how many rows are computed with it, bit for bit. A token verified in a batch of drafts gets the logits it would have
   got alone.
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .native import MOST_ROWS, blocked, kernels, unblocked
+from .native import blocked, kernels, unblocked
 
 LEAST_ROWS = 4  # see above
 SMALL = 1 << 20  # bytes up to which a weight stays in a core's cache
@@ -41,7 +42,7 @@ def packing_supported(dtype: torch.dtype, device: torch.device | str) -> bool:
 class PackedWeight:
     """One (out, in) matrix, reordered where that is supported; calling it computes `x @ weight.T`.
 
-    layout: "blocked" (small, for `native`), "reordered" (oneDNN's) or "plain".
+    layout: "blocked" (for `native`), "reordered" (oneDNN's) or "plain".
     """
 
     def __init__(self, weight: Tensor):
@@ -51,7 +52,8 @@ class PackedWeight:
         if not packing_supported(weight.dtype, weight.device):
             self.store = weight.contiguous()
             return
-        if weight.nbytes <= SMALL and kernels() is not None:
+        native = kernels()
+        if native is not None and (weight.nbytes <= SMALL or weight.dtype == torch.float32 or native.bf16_products):
             self.layout, self.store = "blocked", blocked(weight)
             return
         self.layout = "reordered"
@@ -76,8 +78,6 @@ class PackedWeight:
             return F.linear(x, self.store)
         rows = x.numel() // self.shape[1]
         if self.layout == "blocked":
-            if rows > MOST_ROWS:
-                return F.linear(x, self.dense())
             native = kernels()
             assert native is not None, "blocked weights are made only where the kernels compile"
             return native.linear(x, self.store, self.shape[0])
@@ -92,7 +92,7 @@ class PackedWeight:
     def dense(self) -> Tensor:
         """The plain matrix; the bits it was made from."""
         if self.layout == "blocked":
-            return unblocked(self.store, self.shape[0])
+            return unblocked(self.store, self.shape)
         return self.store.to_dense() if self.layout == "reordered" else self.store
 
     def nbytes(self) -> int:
