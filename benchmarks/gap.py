@@ -7,7 +7,8 @@ Groups of runs, in this order, of tiny models built directly (no run folders):
 - cells: the same with one seed where one thing differs: width, stage layout, corpus (`--text FILES`);
 - ideas: changes that keep stages independent (no gradient of the residual stream crosses a boundary), each against
   residual Log-OP with w 0.5 and per-stage heads (see `gap_ideas.py`);
-- best ideas: the best of them with the other seeds; far cells: where several things differ.
+- best ideas: the best of them with the other seeds; half rate: main again at half the rate, where runs of different
+  seeds lie closer together; far cells: where several things differ.
 
     python benchmarks/gap.py --text a.txt b.txt --minutes 40 --save
 
@@ -47,7 +48,7 @@ from stagewise.training.schedule import Schedule
 
 LAYOUTS = ([2, 2, 2, 2], [4, 2, 1, 1])
 FIT_TOKENS = 2048  # fresh training tokens that product weights are fitted on
-GROUPS = ("rates", "main", "cells", "ideas", "best ideas", "far cells")
+GROUPS = ("rates", "main", "cells", "ideas", "best ideas", "half rate", "far cells")
 BEST_IDEAS = 4
 
 
@@ -241,6 +242,9 @@ def plan(options: argparse.Namespace, rate: float, ledger: Ledger) -> Iterator[R
     for _, number in sorted(done)[:BEST_IDEAS]:
         for seed in range(1, options.seeds):
             yield replace(ideas[number], group="best ideas", seed=seed)
+    for seed in range(options.seeds):
+        for variant in OBJECTIVES:
+            yield Run("half rate", *home, cell, variant, seed, rate / 2)
     for width in options.widths:
         for corpus in corpora:
             for layout in map(tuple, LAYOUTS):
@@ -290,14 +294,14 @@ def summarise(runs: list[Run], ledger: Ledger) -> list[dict[str, Any]]:
     cells: dict[tuple, list[tuple[Run, dict[str, Any]]]] = {}
     for run in dict.fromkeys(runs):
         row = ledger.find(run)
-        key = (run.corpus, run.width, run.variant.layout or run.layout, run.variant.name)
+        key = (run.corpus, run.width, run.variant.layout or run.layout, run.rate, run.variant.name)
         if row is not None and all(run.seed != other.seed for other, _ in cells.get(key, [])):
             cells.setdefault(key, []).append((run, row))
     table = []
-    for (corpus, width, layout, name), members in cells.items():
+    for (corpus, width, layout, rate, name), members in cells.items():
         run, first = members[0]
-        result: dict[str, Any] = {"corpus": corpus, "width": width, "layout": list(layout), "variant": name}
-        result |= {"group": run.group, "seeds": [one.seed for one, _ in members]}
+        result: dict[str, Any] = {"corpus": corpus, "width": width, "layout": list(layout), "rate": rate}
+        result |= {"variant": name, "group": run.group, "seeds": [one.seed for one, _ in members]}
         result |= {
             key: first[key] for key in ("parameters", "flops_per_token", "flops_per_token_without_earlier_heads")
         }
@@ -333,7 +337,7 @@ def summarise(runs: list[Run], ledger: Ledger) -> list[dict[str, Any]]:
 def show(table: list[dict[str, Any]]) -> None:
     """Print the summary."""
     print(
-        f"{'variant':<50}{'corpus':>9}{'width':>6}{'layout':>9}{'seeds':>6}{'params':>9}{'MFLOP':>7}{'product':>9}"
+        f"{'variant':<50}{'corpus':>9}{'width':>6}{'layout':>9}{'rate':>6}{'seeds':>6}{'params':>9}{'MFLOP':>7}{'product':>9}"
         f"{'last':>8}{'final':>8}{'fitted':>8} | gap: {'product':>8}{'last':>8}{'final':>8}{'vs base':>9}"
     )
 
@@ -344,7 +348,7 @@ def show(table: list[dict[str, Any]]) -> None:
         gap, stages = row["gap"], row.get("stage_bpb", [None])
         print(
             f"{row['variant']:<50}{row['corpus']:>9}{row['width']:>6}{','.join(map(str, row['layout'])):>9}"
-            f"{len(row['seeds']):>6}{row['parameters']:>9,}{row['flops_per_token'] / 1e6:>7.2f}"
+            f"{row['rate']:>6g}{len(row['seeds']):>6}{row['parameters']:>9,}{row['flops_per_token'] / 1e6:>7.2f}"
             + number(row.get("product_bpb"), ".4f", 9)
             + number(stages[-1], ".4f", 8)
             + number(row.get("final_path_bpb"), ".4f", 8)
@@ -376,18 +380,18 @@ def main() -> None:
     check()
     begun = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    ledger, corpora, longest = Ledger(options), {}, {}
+    ledger, corpora, taken = Ledger(options), {}, {}  # taken: seconds of the runs of a width
 
     def do(run: Run) -> dict[str, Any] | None:
         row = ledger.find(run)
         if row is None and run.group in options.groups:
             if run.corpus not in corpora:
                 corpora[run.corpus] = prepare(run.corpus, options)
-            left = options.minutes and options.minutes * 60 - (time.monotonic() - begun)
-            if left is not None and left < longest.get(run.width, 0.0) * 1.1:
+            left = None if options.minutes is None else options.minutes * 60 - (time.monotonic() - begun)
+            if left is not None and left < statistics.median(taken.get(run.width, [0.0])) * 1.2:
                 return None
             row = ledger.add(run, train(run, corpora[run.corpus], options))
-            longest[run.width] = max(longest.get(run.width, 0.0), row["seconds"])
+            taken.setdefault(run.width, []).append(row["seconds"])
             print(
                 f"{time.monotonic() - begun:6.0f} s  {run.group:<6} {run.corpus} {run.width} {run.variant.name}, seed "
                 f"{run.seed}, rate {run.rate:g}: {headline(row, run.variant.mode):.4f} in {row['seconds']:.1f} s",
@@ -419,9 +423,10 @@ def main() -> None:
                       for run in runs if ledger.find(run) is None})  # fmt: skip
     setting = {name: value for name, value in vars(options).items() if name not in ("text", "out", "groups", "save")}
     setting |= {"text": [one.name for one in options.text or []]}
+    facts = {name: prepare(name, options).facts for name in sorted({run.corpus for run in runs})}
     result = {
         "benchmark": "gap", "setting": setting, **provenance(seed=0), "rate_chosen": rate, "bpb_by_rate": rates,
-        "corpora": {name: tokens.facts for name, tokens in corpora.items()}, "table": table, "missing": missing,
+        "corpora": facts, "table": table, "missing": missing,
     }  # fmt: skip
     if options.save:
         machine = str(hardware().get("processor", "machine")).lower().replace(" ", "-")[:40]

@@ -69,6 +69,7 @@ IDEAS = [
     Variant("matrix rates falling 1.4 .. 0.7", stage_rates=(1.4, 1.1, 0.9, 0.7)),
     Variant("final path's loss added to the last stage, 0.5", final_path=0.5),
     Variant("shared tensors learn mostly from the last stage", loss_shares=(0.4, 0.4, 0.4, 2.8)),
+    Variant("layout 4,2,1,1", layout=(4, 2, 1, 1)),
     Variant("layout 5,1,1,1", layout=(5, 1, 1, 1)),
     Variant("layout 1,1,2,4", layout=(1, 1, 2, 4)),
     Variant("layout 4,4", layout=(4, 4)),
