@@ -180,7 +180,6 @@ def train(run: Run, tokens: Tokens, options: argparse.Namespace) -> dict[str, An
         "train_seconds": trained,
         "seconds": time.perf_counter() - begun,
         "stage_loss": curve,
-        "commit": commit(),
     }
 
 
@@ -378,7 +377,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     check()
-    begun = time.monotonic()
+    begun, source = time.monotonic(), commit()  # the code that runs is the one loaded at the start
     options.out.mkdir(parents=True, exist_ok=True)
     ledger, corpora, taken = Ledger(options), {}, {}  # taken: seconds of the runs of a width
 
@@ -390,7 +389,7 @@ def main() -> None:
             left = None if options.minutes is None else options.minutes * 60 - (time.monotonic() - begun)
             if left is not None and left < statistics.median(taken.get(run.width, [0.0])) * 1.2:
                 return None
-            row = ledger.add(run, train(run, corpora[run.corpus], options))
+            row = ledger.add(run, train(run, corpora[run.corpus], options) | {"commit": source})
             taken.setdefault(run.width, []).append(row["seconds"])
             print(
                 f"{time.monotonic() - begun:6.0f} s  {run.group:<6} {run.corpus} {run.width} {run.variant.name}, seed "
