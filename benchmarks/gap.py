@@ -7,8 +7,8 @@ Groups of runs, in this order, of tiny models built directly (no run folders):
 - cells: the same with one seed where one thing differs: width, stage layout, corpus (`--text FILES`);
 - ideas: changes that keep stages independent (no gradient of the residual stream crosses a boundary), each against
   residual Log-OP with w 0.5 and per-stage heads (see `gap_ideas.py`);
-- best ideas: the best of them with the other seeds; half rate: main again at half the rate, where runs of different
-  seeds lie closer together; far cells: where several things differ.
+- best ideas: the best of them with the other seeds; half rate: main again at half the rate, to see whether seeds lie
+  closer there; far cells: where several things differ.
 
     python benchmarks/gap.py --text a.txt b.txt --minutes 40 --save
 
