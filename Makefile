@@ -12,7 +12,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart lab specialist test lint format-check format types checks docs clean
+.PHONY: help quickstart lab specialist browser test lint format-check format types checks docs clean
 
 help:
 	@echo "make quickstart   train a small model on this machine and show what its experts can do"
@@ -52,7 +52,13 @@ specialist: $(RUN_STAMP)
 lab: $(RUN_STAMP)
 	$(BIN)/stagewise train lab
 
-test: $(DEV_STAMP)
+# the report's page is tested in a real browser; as root on Debian it is installed when it is missing
+browser:
+	@command -v chromium >/dev/null || test -n "$$STAGEWISE_CHROMIUM" || { test "$$(id -u)" = 0 && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+		echo "chromium is missing: install it, or name one with STAGEWISE_CHROMIUM; the page tests will fail"
+
+test: $(DEV_STAMP) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_FLAGS)
 
 lint: $(DEV_STAMP)

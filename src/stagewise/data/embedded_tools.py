@@ -66,7 +66,7 @@ WORDS = (
     "evening", "report", "budget", "holiday", "invoice",
 )  # fmt: skip
 PLACES = ("Seoul", "Paris", "Lagos", "Lima", "Oslo", "Cairo", "Boston", "Kyoto", "Madrid", "Sydney")
-FOLDERS = ("/home/ana", "/var/log", "/tmp", "/srv/data", "docs", "src/app", "/opt/tools", "notes")
+FOLDERS = ("/users/ana", "/var/log", "/tmp", "/srv/data", "docs", "src/app", "/opt/tools", "notes")
 SUFFIXES = (".txt", ".csv", ".py", ".md", ".json", ".log", ".html", "")
 PATH_NAMES = {"path", "filename", "file", "src", "dst", "pathname", "f1", "f2", "p", "dir", "top", "root"}
 

@@ -65,8 +65,7 @@ def singular_report(heads: Sequence[Tensor], count: int = 8) -> dict[str, Any]:
 
 
 def unique_shares(heads: Sequence[Tensor]) -> dict[str, list[float]]:
-    """Gram-Schmidt over heads as vectors: `unique` (share of the squared norm) and `unique_norm` (share of the norm).
-    """
+    """Gram-Schmidt over heads: `unique` (share of the squared norm) and `unique_norm` (share of the norm)."""
     gram = torch.stack([torch.stack([(a.double() * b.double()).sum() for b in heads]) for a in heads])  # (K, K)
     shares = []
     for k in range(len(heads)):

@@ -107,8 +107,7 @@ class Costs:
         return min(self.context, self.config.layer_windows[layer] + 1)
 
     def of_layers(self, name: str, layers: range, heads: int = 0, own_heads: int = 0) -> Cost:
-        """Cost of evaluating `layers` and applying `heads` head matrices; `own_heads` are held beside the shared one.
-        """
+        """Cost of evaluating `layers` and applying `heads` head matrices; `own_heads` stand beside the shared one."""
         config = self.config
         matrices = sum(self.parts[f"layer_{i}"] for i in layers) + heads * self.head_size
         tables = [self.parts.get(f"value_embedding_{i}", 0) for i in layers]

@@ -26,8 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source checkout this package runs from, with `+changes` when it is not clean; None elsewhere.
-    """
+    """The commit of the checkout this package runs from, with `+changes` when it is not clean; None elsewhere."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None

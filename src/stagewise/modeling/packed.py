@@ -144,7 +144,7 @@ def linear_together(x: Tensor, *layers: nn.Linear) -> Tensor:
     if packed is None or getattr(layers[-1], "packed", None) is not packed:
         return torch.cat([layer(x) for layer in layers], dim=-1)
     refuse_gradients(x)
-    return packed(x)
+    return packed(x)  # type: ignore[misc]
 
 
 def _modules(model: Any):
